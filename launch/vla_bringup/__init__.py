@@ -1,0 +1,1 @@
+"""Launch files, robot and policy descriptions, the demo and its report."""

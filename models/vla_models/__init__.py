@@ -1,0 +1,1 @@
+"""The policy library: policies, sampling, training, export, runtimes."""

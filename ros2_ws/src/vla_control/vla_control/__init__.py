@@ -1,0 +1,1 @@
+"""The safety controller and the arm drivers."""

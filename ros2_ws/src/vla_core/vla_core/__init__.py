@@ -1,0 +1,1 @@
+"""SE(3), robot description, action spaces, timelines: no ROS, no torch."""

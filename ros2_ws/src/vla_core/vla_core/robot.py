@@ -1,0 +1,415 @@
+"""The robot description: one YAML file per robot, read strictly.
+
+`launch/robots/<name>.yaml` names the kinematic model (URDF or MJCF), the arms with their joints, limits, tool
+and gripper, the cameras and the rates. Everything else in the stack asks this module; an unknown or a missing
+key is refused with the path of the key, so that a typing error never becomes a default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.spatial.transform import Rotation
+
+#: Folders searched, in order, for `<name>.yaml` when a robot is given by name.
+SEARCH_PATH_VARIABLE = "VLA_ROBOT_PATH"
+
+
+class RobotError(ValueError):
+    """A robot description that cannot be used; the message names the file, the key, the expected and the found."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Joint limits, arrays of shape (n,): position in rad (m), velocity in rad/s (m/s), acceleration in rad/s^2."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    velocity: np.ndarray
+    acceleration: np.ndarray
+
+
+@dataclass(frozen=True)
+class ToolLimits:
+    """Largest speed of the tool: `speed` in m/s, `rotation` in rad/s."""
+
+    speed: float
+    rotation: float
+
+
+@dataclass(frozen=True)
+class Box:
+    """Axis-aligned box in the base frame, corners of shape (3,), m."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass(frozen=True)
+class Tool:
+    """The tool frame: fixed to model link `link` by T_link_tool (4, 4); published to TF as `frame`."""
+
+    link: str
+    T_link_tool: np.ndarray
+    frame: str
+
+
+@dataclass(frozen=True)
+class GripperJoint:
+    """One finger joint and its positions (m or rad) when the gripper is closed and open."""
+
+    name: str
+    closed: float
+    open: float
+
+
+@dataclass(frozen=True)
+class Gripper:
+    """A gripper seen as one opening, 0 closed to 1 open; `speed` is the largest change of the opening, 1/s."""
+
+    joints: tuple[GripperJoint, ...]
+    speed: float
+
+    def opening(self, positions: Mapping[str, float]) -> float:
+        """Mean opening of the fingers, from joint name -> position (m or rad)."""
+        return float(np.mean([(positions[j.name] - j.closed) / (j.open - j.closed) for j in self.joints]))
+
+    def positions(self, opening: float) -> dict[str, float]:
+        """Joint name -> position (m or rad) at `opening`."""
+        return {j.name: j.closed + opening * (j.open - j.closed) for j in self.joints}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: joint names in kinematic order, home position (n,), tool, limits, workspace box, gripper."""
+
+    name: str
+    joints: tuple[str, ...]
+    home: np.ndarray
+    tool: Tool
+    limits: Limits
+    tool_limits: ToolLimits
+    workspace: Box
+    gripper: Gripper | None
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One camera: size in pixels, rate in Hz, optical frame, driver parameters, calibration file (may be absent)."""
+
+    name: str
+    width: int
+    height: int
+    rate: float
+    frame: str
+    driver: Mapping[str, Any]
+    calibration: Path | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates in Hz: `control` of the controller and the executor, `observation` the most the observation node gives."""
+
+    control: float
+    observation: float
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot cell as described by its YAML file. T_base_model (4, 4) places the model's root in the base frame."""
+
+    name: str
+    path: Path
+    base_frame: str
+    model: Path
+    T_base_model: np.ndarray
+    arms: tuple[Arm, ...]
+    cameras: tuple[Camera, ...]
+    rates: Rates
+    simulation: Mapping[str, Any]
+
+    def arm(self, name: str) -> Arm:
+        """The arm called `name`."""
+        return _named(self.arms, name, f"robot {self.name}: arm")
+
+    def camera(self, name: str) -> Camera:
+        """The camera called `name`."""
+        return _named(self.cameras, name, f"robot {self.name}: camera")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        return tuple(arm.name for arm in self.arms)
+
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        """Names of all arm joints (fingers excluded), arm after arm."""
+        return tuple(joint for arm in self.arms for joint in arm.joints)
+
+    @property
+    def finger_names(self) -> tuple[str, ...]:
+        """Names of all finger joints, arm after arm."""
+        return tuple(j.name for arm in self.arms if arm.gripper for j in arm.gripper.joints)
+
+
+def load_robot(name_or_path: str | os.PathLike) -> Robot:
+    """Read a robot description.
+
+    Args:
+        name_or_path: a YAML file, or the name of one in `launch/robots/` (or in a folder of $VLA_ROBOT_PATH).
+
+    Raises:
+        RobotError: the file is missing or is no valid description; the message says which key, what was expected
+            and what was found.
+    """
+    path = find_description(name_or_path, "robots", SEARCH_PATH_VARIABLE)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RobotError(f"{path}: not valid YAML: {error}") from error
+    return _read_robot(_Node(tree, str(path), ""), path)
+
+
+def find_description(name_or_path: str | os.PathLike, folder: str, variable: str) -> Path:
+    """Path of a description given by file name, or by name in `launch/<folder>/` or a folder of `$variable`."""
+    given = Path(name_or_path).expanduser()
+    if given.suffix in (".yaml", ".yml"):
+        if given.is_file():
+            return given.resolve()
+        raise RobotError(f"{folder[:-1]} description {given}: expected a YAML file, found none there")
+    folders = [Path(f) for f in os.environ.get(variable, "").split(os.pathsep) if f]
+    folders += _launch_folders(folder)
+    for directory in folders:
+        if (directory / f"{given}.yaml").is_file():
+            return (directory / f"{given}.yaml").resolve()
+    known = sorted({f.stem for directory in folders for f in directory.glob("*.yaml")})
+    raise RobotError(f"{folder[:-1]} {str(given)!r}: expected a YAML file or one of {known}, found neither")
+
+
+def resolve_uri(uri: str, relative_to: Path | None = None) -> Path:
+    """Path of `package://NAME/REST` (a ROS package, else an installed Python distribution), or of a plain path."""
+    if not uri.startswith("package://"):
+        path = Path(uri).expanduser()
+        return path if path.is_absolute() or relative_to is None else relative_to / path
+    package, _, rest = uri.removeprefix("package://").partition("/")
+    candidates = [Path(p) / "share" / package for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if p]
+    # Wheels of the cmeel family (pinocchio, example-robot-data) keep their share/ folder beside the packages.
+    candidates += [Path(p) / "cmeel.prefix" / "share" / n for p in sys.path for n in (package, package.replace("_", "-"))]
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found and found.submodule_search_locations:
+        candidates += [Path(p) for p in found.submodule_search_locations]
+    for folder in candidates:
+        if (folder / rest).exists():
+            return folder / rest
+    raise RobotError(f"{uri}: expected a file of package {package!r}, found neither a ROS nor a Python package with it")
+
+
+def transform(xyz: np.ndarray, rpy: np.ndarray) -> np.ndarray:
+    """(4, 4) transform from a translation (m) and fixed-axes roll, pitch, yaw (rad), as in URDF."""
+    T = np.eye(4)
+    T[:3, :3] = Rotation.from_euler("xyz", rpy).as_matrix()
+    T[:3, 3] = xyz
+    return T
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+class _Node:
+    """A YAML value with its path, whose mapping keys must all be taken: what is left over is unknown."""
+
+    def __init__(self, value: Any, file: str, path: str):
+        self.value, self.file, self.path = value, file, path
+        self.taken: set[str] = set()
+
+    def fail(self, expected: str, found: Any = None) -> RobotError:
+        shown = self.value if found is None else found
+        return RobotError(f"{self.file}: {self.path or 'top level'}: expected {expected}, found {shown!r}")
+
+    def get(self, key: str, *default: Any) -> _Node | Any:
+        if not isinstance(self.value, dict):
+            raise self.fail("a mapping")
+        self.taken.add(key)
+        if key not in self.value:
+            if default:
+                return default[0]
+            raise RobotError(
+                f"{self.file}: {self._child(key)}: missing; expected a value, found keys {sorted(map(str, self.value))}"
+            )
+        return _Node(self.value[key], self.file, self._child(key))
+
+    def _child(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else str(key)
+
+    def close(self) -> None:
+        unknown = sorted(str(k) for k in self.value if k not in self.taken)
+        if unknown:
+            raise RobotError(
+                f"{self.file}: {self._child(unknown[0])}: unknown key; expected one of {sorted(self.taken)}"
+            )
+
+    def text(self) -> str:
+        if not isinstance(self.value, str) or not self.value:
+            raise self.fail("a non-empty string")
+        return self.value
+
+    def positive(self) -> float:
+        number = self.number()
+        if number <= 0:
+            raise self.fail("a number above zero")
+        return number
+
+    def number(self) -> float:
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not np.isfinite(self.value):
+            raise self.fail("a finite number")
+        return float(self.value)
+
+    def integer(self) -> int:
+        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= 0:
+            raise self.fail("a whole number above zero")
+        return self.value
+
+    def vector(self, length: int) -> np.ndarray:
+        good = isinstance(self.value, list) and len(self.value) == length
+        if not good or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in self.value):
+            raise self.fail(f"a list of {length} numbers")
+        array = np.array(self.value, float)
+        if not np.isfinite(array).all():
+            raise self.fail("finite numbers")
+        array.setflags(write=False)
+        return array
+
+    def texts(self) -> tuple[str, ...]:
+        if not isinstance(self.value, list) or not self.value or not all(isinstance(v, str) for v in self.value):
+            raise self.fail("a list of names")
+        if len(set(self.value)) != len(self.value):
+            raise self.fail("names that differ")
+        return tuple(self.value)
+
+    def items(self) -> list[tuple[str, _Node]]:
+        if not isinstance(self.value, dict) or not self.value:
+            raise self.fail("a mapping with at least one entry")
+        return [(str(k), _Node(v, self.file, self._child(str(k)))) for k, v in self.value.items()]
+
+    def mapping(self) -> dict:
+        if not isinstance(self.value, dict):
+            raise self.fail("a mapping")
+        return self.value
+
+
+def _read_robot(root: _Node, path: Path) -> Robot:
+    mount = root.get("model")
+    model_uri = mount.get("file").text()
+    model = resolve_uri(model_uri, path.parent)
+    if not model.is_file():
+        raise mount.get("file").fail("an existing URDF or MJCF file")
+    T_base_model = _pose(mount)
+    mount.close()
+    rates_node = root.get("rates")
+    rates = Rates(rates_node.get("control").positive(), rates_node.get("observation").positive())
+    rates_node.close()
+    arms = tuple(_read_arm(name, node) for name, node in root.get("arms").items())
+    joints = [j for arm in arms for j in arm.joints]
+    doubled = sorted({j for j in joints if joints.count(j) > 1})
+    if doubled:
+        raise root.get("arms").fail("every joint in one arm only", doubled)
+    cameras_node = root.get("cameras")
+    cameras = tuple(_read_camera(n, c, path) for n, c in cameras_node.items()) if cameras_node.value else ()
+    simulation = root.get("simulation", None)
+    robot = Robot(
+        name=root.get("name").text(),
+        path=path,
+        base_frame=root.get("base_frame").text(),
+        model=model,
+        T_base_model=T_base_model,
+        arms=arms,
+        cameras=cameras,
+        rates=rates,
+        simulation=simulation.mapping() if simulation else {},
+    )
+    root.close()
+    return robot
+
+
+def _pose(node: _Node) -> np.ndarray:
+    T = transform(node.get("xyz").vector(3), node.get("rpy").vector(3))
+    T.setflags(write=False)
+    return T
+
+
+def _read_arm(name: str, node: _Node) -> Arm:
+    joints = node.get("joints").texts()
+    n = len(joints)
+    limits_node = node.get("limits")
+    limits = Limits(*(limits_node.get(k).vector(n) for k in ("lower", "upper", "velocity", "acceleration")))
+    if not (limits.lower < limits.upper).all():
+        raise limits_node.fail("lower below upper for every joint")
+    for key in ("velocity", "acceleration"):
+        if not (getattr(limits, key) > 0).all():
+            raise limits_node.get(key).fail("numbers above zero")
+    limits_node.close()
+    home = node.get("home").vector(n)
+    if not ((home >= limits.lower) & (home <= limits.upper)).all():
+        raise node.get("home").fail("a position inside limits.lower and limits.upper")
+    tool_node = node.get("tool")
+    tool = Tool(tool_node.get("link").text(), _pose(tool_node), f"{name}_tool")
+    tool_limits = ToolLimits(tool_node.get("speed").positive(), tool_node.get("rotation").positive())
+    tool_node.close()
+    box_node = node.get("workspace")
+    box = Box(box_node.get("lower").vector(3), box_node.get("upper").vector(3))
+    if not (box.lower < box.upper).all():
+        raise box_node.fail("lower below upper on every axis")
+    box_node.close()
+    gripper_node = node.get("gripper", None)
+    gripper = _read_gripper(gripper_node) if gripper_node else None
+    node.close()
+    return Arm(name, joints, home, tool, limits, tool_limits, box, gripper)
+
+
+def _read_gripper(node: _Node) -> Gripper:
+    joints = []
+    for name, joint in node.get("joints").items():
+        closed, opened = joint.get("closed").number(), joint.get("open").number()
+        if closed == opened:
+            raise joint.fail("`closed` and `open` that differ")
+        joint.close()
+        joints.append(GripperJoint(name, closed, opened))
+    gripper = Gripper(tuple(joints), node.get("speed").positive())
+    node.close()
+    return gripper
+
+
+def _read_camera(name: str, node: _Node, path: Path) -> Camera:
+    calibration = node.get("calibration", None)
+    camera = Camera(
+        name=name,
+        width=node.get("width").integer(),
+        height=node.get("height").integer(),
+        rate=node.get("rate").positive(),
+        frame=f"{name}_optical_frame",
+        driver=node.get("driver").mapping(),
+        calibration=resolve_uri(calibration.text(), path.parent) if calibration else None,
+    )
+    node.close()
+    return camera
+
+
+def _named(things: tuple, name: str, what: str) -> Any:
+    for thing in things:
+        if thing.name == name:
+            return thing
+    raise RobotError(f"{what}: expected one of {[t.name for t in things]}, found {name!r}")
+
+
+def _launch_folders(folder: str) -> list[Path]:
+    """`share/vla_bringup/<folder>` of the sourced workspace, else `launch/<folder>` of the source tree."""
+    found = [Path(p) / "share" / "vla_bringup" / folder for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
+    found += [parent / "launch" / folder for parent in Path(__file__).resolve().parents]
+    return [f for f in found if f.is_dir()]

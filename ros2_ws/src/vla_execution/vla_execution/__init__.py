@@ -1,0 +1,1 @@
+"""The chunk executor: strategies, blending, timing."""

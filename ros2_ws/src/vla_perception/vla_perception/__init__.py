@@ -1,0 +1,1 @@
+"""Cameras, synchronised observations, calibration on TF, transform buffer."""

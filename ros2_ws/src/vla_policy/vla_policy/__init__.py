@@ -1,0 +1,1 @@
+"""The policy node: hosts any policy on any runtime."""

@@ -1,0 +1,1 @@
+"""MuJoCo robots that look like real ones from ROS."""

@@ -1,0 +1,1 @@
+"""Teleoperation devices, episode recorder, bag tools."""
