@@ -1,3 +1,6 @@
+from glob import glob
+from os.path import dirname
+
 from setuptools import find_packages, setup
 
 package = 'vla_calibration'
@@ -9,6 +12,7 @@ setup(
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package]),
         ('share/' + package, ['package.xml']),
+        *((f'share/{package}/{dirname(f)}', [f]) for f in sorted(glob('*/*.yaml'))),
     ],
     install_requires=['setuptools'],
     zip_safe=True,

@@ -1,1 +1,1 @@
-"""Intrinsics and hand-eye calibration: files per robot and the code that reads them."""
+"""Intrinsics and extrinsics of cameras: one file per robot and camera, and the code that reads and writes it."""
