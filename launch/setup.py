@@ -1,3 +1,5 @@
+from glob import glob
+
 from setuptools import find_packages, setup
 
 package = 'vla_bringup'
@@ -8,7 +10,9 @@ setup(
     packages=find_packages(exclude=['test']),
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package]),
-        ('share/' + package, ['package.xml']),
+        ('share/' + package, ['package.xml', 'dds_profile.xml', *sorted(glob('*.launch.yaml'))]),
+        ('share/' + package + '/robots', sorted(glob('robots/*.yaml'))),
+        ('share/' + package + '/policies', sorted(glob('policies/*.yaml'))),
     ],
     install_requires=['setuptools'],
     zip_safe=True,
