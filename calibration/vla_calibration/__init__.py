@@ -1,1 +1,1 @@
-"""Intrinsics and extrinsics of cameras: one file per robot and camera, and the code that reads and writes it."""
+"""Camera intrinsics and extrinsics: one file per robot and camera, and what reads and writes it."""

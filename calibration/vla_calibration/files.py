@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-#: Largest error of R^T R against the identity and of det R against 1: files are written with 9 or more digits.
+#: Largest error of R^T R against the identity: files carry 7 digits or more.
 ROTATION_TOLERANCE = 1e-6
 
 _KEYS = ("camera", "width", "height", "k", "distortion", "parent", "T_parent_camera")
@@ -72,7 +72,7 @@ class CameraCalibration:
         for key in ("width", "height"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise CalibrationError(f"{key}: expected a whole number of pixels above zero, found {value!r}")
+                raise CalibrationError(f"{key}: expected whole pixels above zero, found {value!r}")
         K = _array(self.K, "k", (3, 3))
         distortion = _array(self.distortion, "distortion", (5,))
         T = _array(self.T_parent_camera, "T_parent_camera", (4, 4))
@@ -121,7 +121,8 @@ def save_camera(path: str | os.PathLike, calibration: CameraCalibration) -> None
         f"k:    # pixels\n{_rows(c.K)}"
         f"distortion: {_row(c.distortion)}    # k1 k2 p1 p2 k3 (plumb_bob)\n"
         f"parent: {c.parent}\n"
-        f"T_parent_camera:    # optical frame (z forward, x right, y down) in the parent, m\n{_rows(c.T_parent_camera)}"
+        f"T_parent_camera:    # optical frame (z forward, x right, y down) in the parent, m\n"
+        f"{_rows(c.T_parent_camera)}"
     )
     draft = path.with_name(path.name + ".part")
     draft.write_text(text)
@@ -149,7 +150,7 @@ def _check_intrinsics(K: np.ndarray, width: int, height: int) -> None:
         raise CalibrationError(f"k: expected focal lengths above zero, found fx {fx}, fy {fy}")
     if not (0 <= cx < width and 0 <= cy < height):
         raise CalibrationError(
-            f"k: expected a principal point inside the image of {width} x {height} pixels, found cx {cx}, cy {cy}"
+            f"k: expected a principal point inside {width} x {height} pixels, found cx {cx}, cy {cy}"
         )
 
 
@@ -159,9 +160,9 @@ def _check_rigid(T: np.ndarray) -> None:
     if list(T[3]) != [0, 0, 0, 1]:
         raise CalibrationError(f"T_parent_camera: expected a last row [0, 0, 0, 1], found {T[3].tolist()}")
     if error > ROTATION_TOLERANCE:
-        raise CalibrationError(f"T_parent_camera: expected an orthonormal rotation, found R^T R off by {error:.2g}")
+        raise CalibrationError(f"T_parent_camera: expected orthonormal axes, found R^T R off by {error:.2g}")
     if np.linalg.det(R) < 0:
-        raise CalibrationError("T_parent_camera: expected a right-handed rotation, found a mirrored one (det -1)")
+        raise CalibrationError("T_parent_camera: expected right-handed axes, found mirrored ones (det -1)")
 
 
 def _row(values: np.ndarray) -> str:
@@ -173,7 +174,7 @@ def _rows(matrix: np.ndarray) -> str:
 
 
 def _number(value: float) -> str:
-    """Shortest text that gives the float back; YAML 1.1 reads a number without a point in its mantissa as text."""
+    """Shortest text that gives the float back; YAML 1.1 reads 1e-7, without a point, as text."""
     text = repr(float(value))
     mantissa, e, exponent = text.partition("e")
     return text if not e or "." in mantissa else f"{mantissa}.0e{exponent}"
