@@ -1,0 +1,250 @@
+"""What a policy is to the rest of the stack: one specification, one method, plain NumPy in and out.
+
+Nothing here imports torch. A runtime (torch, ONNX Runtime, a user's own) only implements `Policy.run`, which maps
+normalised inputs to normalised actions; preparing the inputs and decoding the outputs is done once, here, by the
+very functions that also prepare the training data (`vla_models.preprocess`).
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from vla_core.actions import ActionSpace
+
+#: Ways in which a policy can be made to continue the running chunk.
+GUIDANCE = ("guided", "prefix")
+#: Contents of the state vector: "pose" is [position (3), 6D rotation (6), gripper] an arm, "joint" [q1..qn, gripper].
+STATES = ("pose", "joint")
+
+
+class PolicyError(ValueError):
+    """A policy was given something it cannot work with; the message names the input, the expected and the found."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The contract of a policy: what it looks at, what it says, how it may be guided.
+
+    cameras: camera name -> (height, width) in pixels as the network wants them, in the network's order.
+    arms: arm names, in the order of the state vector; equal to `action_space.arms`.
+    state: "pose" or "joint" (see STATES). joints: joint names of each arm ("joint" states and actions).
+    horizon: actions in a chunk, H. period: time between two actions, s; action 0 is due at the observation's time.
+    guidance: what `InferenceRequest.guidance` may ask for besides "".
+    steps: integration steps of the sampler (1: the policy predicts in one pass).
+    vocabulary: words the policy knows, index 0 is padding; empty: the instruction is ignored.
+    context: most words of an instruction. prefix_limit: longest prefix seen in training, steps.
+    """
+
+    name: str
+    recipe: str
+    cameras: Mapping[str, tuple[int, int]]
+    arms: tuple[str, ...]
+    state: str
+    action_space: ActionSpace
+    horizon: int
+    period: float
+    joints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guidance: tuple[str, ...] = ()
+    steps: int = 1
+    vocabulary: tuple[str, ...] = ()
+    context: int = 16
+    prefix_limit: int = 0
+    robot: str = ""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "cameras", MappingProxyType({k: (int(h), int(w)) for k, (h, w) in self.cameras.items()}))
+        set_(self, "joints", MappingProxyType({k: tuple(v) for k, v in self.joints.items()}))
+        for name in ("arms", "guidance", "vocabulary"):
+            set_(self, name, tuple(getattr(self, name)))
+        if self.state not in STATES:
+            raise PolicyError(f"policy {self.name}: state must be one of {STATES}, found {self.state!r}")
+        if unknown := set(self.guidance) - set(GUIDANCE):
+            raise PolicyError(f"policy {self.name}: guidance must be among {GUIDANCE}, found {sorted(unknown)}")
+        if tuple(self.action_space.arms) != self.arms:
+            raise PolicyError(f"policy {self.name}: arms {self.arms} differ from its action space's "
+                              f"{tuple(self.action_space.arms)}")
+        if self.horizon < 1 or not self.period > 0 or self.steps < 1:
+            raise PolicyError(f"policy {self.name}: horizon, period and steps must be positive, found "
+                              f"{self.horizon}, {self.period}, {self.steps}")
+
+    @property
+    def state_dim(self) -> int:
+        """Length of the state vector."""
+        if self.state == "pose":
+            return 10 * len(self.arms)
+        return sum(len(self.joints[arm]) + 1 for arm in self.arms)
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in one action of the network."""
+        return self.action_space.dim
+
+    @property
+    def target_dim(self) -> int:
+        """Numbers in one target (vla_msgs/ActionTrajectory layout)."""
+        return self.action_space.target_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the equal specification back."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["cameras"] = {k: list(v) for k, v in self.cameras.items()}
+        out["joints"] = {k: list(v) for k, v in self.joints.items()}
+        out["action_space"] = self.action_space.to_dict()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PolicySpec:
+        """Strict inverse of `to_dict`. Raises PolicyError for unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        required = {"name", "recipe", "cameras", "arms", "state", "action_space", "horizon", "period"}
+        if extra := set(values) - known:
+            raise PolicyError(f"policy specification: unknown keys {sorted(extra)}")
+        if missing := required - set(values):
+            raise PolicyError(f"policy specification: missing keys {sorted(missing)}")
+        return cls(**{**values, "action_space": ActionSpace.from_dict(values["action_space"])})
+
+
+@dataclass(frozen=True)
+class ArmState:
+    """What one arm measured: joints (n,) rad (m); tool pose (7,) [x y z qx qy qz qw] in the base frame; opening 0..1."""
+
+    joints: np.ndarray
+    tool: np.ndarray
+    gripper: float
+
+
+@dataclass(frozen=True)
+class PolicyObservation:
+    """Everything a policy sees at one reference time.
+
+    images: camera -> (H, W, 3) uint8 RGB, any size. state: arm -> ArmState. time: s of the ROS clock.
+    """
+
+    images: Mapping[str, np.ndarray]
+    state: Mapping[str, ArmState]
+    instruction: str = ""
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class InferenceRequest:
+    """How the next chunk shall continue the running one.
+
+    remainder: (K, target_dim) absolute targets of the running chunk on the policy's own period, the first one due
+    at the new chunk's start; None: start afresh. delay: expected inference delay d, steps. execution_horizon: steps
+    s executed between two inferences. guidance: "" | "guided" | "prefix". schedule: "exp" | "linear" | "ones" |
+    "zeros". beta: largest guidance weight. seed: of the sampler's noise (None: fresh noise each time).
+    """
+
+    remainder: np.ndarray | None = None
+    delay: int = 0
+    execution_horizon: int = 0
+    guidance: str = ""
+    schedule: str = "exp"
+    beta: float = 5.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """targets (H, target_dim): absolute, base frame, vla_msgs/ActionTrajectory layout; action 0 is due at the
+    observation's time. timings: stage -> s. prefix_steps: leading targets that repeat the request's remainder."""
+
+    targets: np.ndarray
+    timings: Mapping[str, float]
+    prefix_steps: int = 0
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Batched inputs of a network, the same arrays in every runtime.
+
+    images: one (B, 3, h, w) float32 in [0, 1] for each camera, in the order of `PolicySpec.cameras`.
+    tokens: (B, context) int64 word indices, 0 padded. state: (B, state_dim) float32, normalised.
+    """
+
+    images: tuple[np.ndarray, ...]
+    tokens: np.ndarray
+    state: np.ndarray
+
+
+@dataclass(frozen=True)
+class ChunkPrefix:
+    """What is left of the running chunk, in the network's own terms.
+
+    target (1, H, dim) float32: normalised actions relative to the new anchor, right-padded by holding the last one.
+    weights (H,) float32: soft mask W of "guided". known (1, H) bool: steps that "prefix" clamps. beta: largest
+    guidance weight. mode: "guided" or "prefix".
+    """
+
+    mode: str
+    target: np.ndarray
+    weights: np.ndarray
+    known: np.ndarray
+    beta: float
+
+
+class Policy(ABC):
+    """A policy on some runtime. Not thread-safe: one inference at a time."""
+
+    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Any]):
+        from vla_models.preprocess import Processor
+
+        self.spec = spec
+        self.processor = Processor(spec, normalizers)
+
+    @property
+    def runtime(self) -> str:
+        """Name of the runtime: torch, onnx."""
+        return ""
+
+    @property
+    def provider(self) -> str:
+        """Where it runs: cpu, cuda, CPUExecutionProvider, ..."""
+        return ""
+
+    @abstractmethod
+    def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
+            timings: dict[str, float]) -> np.ndarray:
+        """Normalised actions (1, H, dim) float32 from one batch of one.
+
+        noise: (1, H, dim) float32, standard normal (ignored by policies that predict in one pass). Writes the wall
+        time of its own stages ("encode", "sample") into `timings`, s.
+        """
+
+    def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
+        """The next chunk of absolute targets.
+
+        Raises PolicyError when the observation lacks a camera or an arm, the instruction cannot be read, the request
+        asks for guidance the policy does not support, or the network's output is not finite.
+        """
+        request = request or InferenceRequest()
+        start = time.perf_counter()
+        inputs, anchor = self.processor.inputs(observation)
+        prefix = self.processor.prefix(request, anchor)
+        noise = np.random.default_rng(request.seed).standard_normal(
+            (1, self.spec.horizon, self.spec.action_dim)).astype(np.float32)
+        timings = {"preprocess": time.perf_counter() - start}
+        actions = self.run(inputs, noise, prefix, timings)
+        decode = time.perf_counter()
+        if not np.all(np.isfinite(actions)):
+            raise PolicyError(f"policy {self.spec.name}: the network's output is not finite")
+        targets = self.processor.targets(actions[0], anchor)
+        steps = 0
+        if prefix is not None and prefix.mode == "prefix":
+            steps = int(prefix.known.sum())
+            targets[:steps] = request.remainder[:steps]
+        timings["decode"] = time.perf_counter() - decode
+        timings["total"] = time.perf_counter() - start
+        return PolicyOutput(targets, timings, steps)
