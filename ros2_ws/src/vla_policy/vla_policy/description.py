@@ -36,7 +36,7 @@ def load_description(name_or_path: str | os.PathLike) -> PolicyDescription:
             folder = resolve_uri(text)
             return PolicyDescription(folder.name, folder)
         path = find_description(text, "policies", SEARCH_PATH_VARIABLE)
-        parameters = _parameters(path)
+        parameters = load_parameters(path)
         if "checkpoint" not in parameters:
             raise DescriptionError(f"{path}: checkpoint: missing; found parameters {sorted(parameters)}")
         return PolicyDescription(path.stem, resolve_uri(parameters["checkpoint"], path.parent))
@@ -44,8 +44,9 @@ def load_description(name_or_path: str | os.PathLike) -> PolicyDescription:
         raise DescriptionError(str(error)) from error
 
 
-def _parameters(path: Path) -> dict:
-    """All parameters of a ROS 2 parameter file, whatever node they are for."""
+def load_parameters(name_or_path: str | os.PathLike) -> dict:
+    """All parameters of a policy description, whatever node they are for."""
+    path = find_description(name_or_path, "policies", SEARCH_PATH_VARIABLE)
     try:
         tree = yaml.safe_load(path.read_text()) or {}
         return {k: v for node in tree.values() for k, v in node["ros__parameters"].items()}
