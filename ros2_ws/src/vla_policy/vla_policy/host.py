@@ -118,4 +118,6 @@ def example_observation(policy: Policy, robot: Robot) -> PolicyObservation:
         )
         for arm in robot.arms
     }
-    return PolicyObservation(images=images, state=state, instruction=policy.spec.example_instruction, time=0.0)
+    # Any word that the policy knows; index 0 is padding.
+    instruction = policy.spec.vocabulary[1] if len(policy.spec.vocabulary) > 1 else ""
+    return PolicyObservation(images=images, state=state, instruction=instruction, time=0.0)
