@@ -1,0 +1,77 @@
+"""The two-arm ALOHA cell of the PyPI package gym-aloha with its transfer-cube task, unchanged.
+
+Model, reward code and box positions are gym_aloha's own, so that a success rate compares with published ones:
+`reward 4 = success`, as AlohaEnv rules. Differences from AlohaEnv: targets arrive at the robot's control rate
+instead of 50 Hz, and pictures are rendered without shadows, reflections and multisampling.
+
+On MuJoCo 3: gym-aloha was made for MuJoCo 2.3, whose welds were stiffer; the end-effector models (mocap bodies
+welded to the grippers) drop the cube in 7 of 10 scripted episodes unless `eq_solimp` is stiffened. The joint
+model used here carries no equality constraint, so nothing is changed; `_stiffen_welds` states it in code.
+"""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+from dm_control import mujoco as dm_mujoco
+from gym_aloha.constants import START_ARM_POSE
+from gym_aloha.tasks.sim import TransferCubeTask
+from gym_aloha.utils import sample_box_pose
+from vla_core.robot import Robot
+
+from vla_sim.world import Episode, Outcome, World, WorldError
+
+INSTRUCTION = "transfer the red cube from the right arm to the left arm"
+#: Of an episode, s: AlohaEnv is registered with 300 steps of 0.02 s, ACT evaluates 400 steps.
+TIME_LIMIT = 8.0
+SUCCESS_REWARD = 4
+DETAIL = {
+    0: "",
+    1: "right gripper touches the cube",
+    2: "right gripper lifted the cube",
+    3: "left gripper touches the cube",
+    4: "left gripper holds the cube",
+}
+
+
+class GymAlohaWorld(World):
+    """Task `transfer_cube`. The seed places the cube as `gym_aloha.utils.sample_box_pose(seed)` does; no options."""
+
+    tasks = ("transfer_cube",)
+
+    def __init__(self, robot: Robot, task: str | None = None):
+        if not np.allclose(robot.T_base_model, np.eye(4)):
+            raise WorldError(f"robot {robot.name}: model.xyz, model.rpy: expected zeros for gym_aloha's fixed scene")
+        self._physics = dm_mujoco.Physics.from_xml_path(str(robot.model))
+        self._reward = TransferCubeTask()
+        model = self._physics.model.ptr
+        _stiffen_welds(model)
+        super().__init__(robot, model, self._physics.data.ptr, task)
+
+    @property
+    def box(self) -> np.ndarray:
+        """Centre of the cube in the base frame, (3,), m."""
+        return self.data.body("box").xpos.copy()
+
+    def _begin(self, task: str, seed: int, options: dict[str, str]) -> Episode:
+        if options:
+            raise WorldError(f"options: expected none for task {task}, found {sorted(options)}")
+        with self._physics.reset_context():
+            self.data.qpos[:16] = START_ARM_POSE
+            self.data.ctrl[:] = START_ARM_POSE
+            self.data.qpos[-7:] = sample_box_pose(seed)
+        return Episode(task, seed, INSTRUCTION, TIME_LIMIT)
+
+    def _judge(self) -> Outcome:
+        reward = self._reward.get_reward(self._physics)
+        return Outcome(reward == SUCCESS_REWARD, False, float(reward), DETAIL[reward])
+
+    def _advance(self, substeps: int) -> None:
+        # dm_control's own step leaves contacts of the state it ends in, which the reward reads.
+        self._physics.step(substeps)
+
+
+def _stiffen_welds(model: mujoco.MjModel) -> None:
+    """Give equality constraints the stiffness they had under MuJoCo 2.3 (see above); a model without has none."""
+    model.eq_solimp[:, 0] = 0.9
+    model.eq_solimp[:, 1] = 0.95
