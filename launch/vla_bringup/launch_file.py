@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 #: Time between SIGINT, SIGTERM and SIGKILL when the launch ends, s.
-ESCALATION = (8.0, 4.0)
+ESCALATION = (6.0, 4.0)
 
 
 class LaunchError(ValueError):
@@ -93,7 +93,7 @@ class _Reader:
         for entry in entries:
             if not isinstance(entry, dict) or len(entry) != 1:
                 raise LaunchError(f"{self.path}: expected one action an entry, found {entry!r}")
-            (kind, body), = entry.items()
+            ((kind, body),) = entry.items()
             action: Callable | None = getattr(self, f"do_{kind}", None)
             if action is None:
                 known = sorted(n[3:] for n in dir(self) if n.startswith("do_"))
@@ -153,7 +153,10 @@ class _Reader:
 
     def do_node(self, body: dict, scope: Scope) -> None:
         package, executable = self.text(body["pkg"], scope), self.text(body["exec"], scope)
-        command = [str(_executable(package, executable, self.path)), *self.text(body.get("args", ""), scope).split()]
+        command = [
+            str(_executable(package, executable, self.path)),
+            *self.text(body.get("args", ""), scope).split(),
+        ]
         ros = []
         name = self.text(body["name"], scope) if "name" in body else ""
         if name:
@@ -186,7 +189,9 @@ class _Reader:
             file = Path(self.text(parameter["from"], scope))
             if not file.is_file():
                 siblings = sorted(p.stem for p in file.parent.glob("*.yaml"))
-                raise LaunchError(f"{self.path.name}: no parameter file {file}; beside it there are {siblings}")
+                raise LaunchError(
+                    f"{self.path.name}: no parameter file {file}; beside it there are {siblings}"
+                )
             return ["--params-file", str(file)]
         value = parameter["value"]
         if isinstance(value, (list, bool, int, float)):
@@ -277,7 +282,9 @@ def evaluate(expression: str) -> Any:
             return value(node.body) if value(node.test) else value(node.orelse)
         if isinstance(node, (ast.List, ast.Tuple)):
             return [value(e) for e in node.elts]
-        raise LaunchError(f"$(eval {expression}): only constants, comparisons, and, or, not, if-else are allowed")
+        raise LaunchError(
+            f"$(eval {expression}): only constants, comparisons, and, or, not, if-else are allowed"
+        )
 
     try:
         return value(ast.parse(expression.strip(), mode="eval").body)
@@ -296,7 +303,10 @@ def _truth(text: str, path: Path) -> bool:
 
 def _prefix(package: str, path: Path) -> Path:
     for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
-        if prefix and (Path(prefix) / "share" / "ament_index" / "resource_index" / "packages" / package).exists():
+        if (
+            prefix
+            and (Path(prefix) / "share" / "ament_index" / "resource_index" / "packages" / package).exists()
+        ):
             return Path(prefix)
     raise LaunchError(f"{path.name}: package {package!r} is not in the sourced workspace")
 

@@ -138,7 +138,9 @@ def summary(episodes: list[EpisodeMetrics]) -> dict:
     return {
         "command_age_ms": distribution(joined(lambda m: m.command_age), 1e3),
         "control_jitter_ms": distribution(joined(lambda m: m.jitter), 1e3),
-        "inference_ms": {s: distribution(joined(lambda m: m.inference.get(s, np.zeros(0))), 1e3) for s in stages},
+        "inference_ms": {
+            s: distribution(joined(lambda m: m.inference.get(s, np.zeros(0))), 1e3) for s in stages
+        },
         "boundary_step_mm": distribution(joined(lambda m: m.boundary_translation), 1e3),
         "boundary_step_deg": distribution(np.degrees(joined(lambda m: m.boundary_rotation))),
         "speed_m_s": distribution(moved("speed")),
@@ -146,7 +148,10 @@ def summary(episodes: list[EpisodeMetrics]) -> dict:
         "jerk_m_s3": distribution(moved("jerk")),
         "empty_ticks": int(sum(m.empty_ticks for m in episodes)),
         "refused_commands": int(max((m.refused for m in episodes), default=0)),
-        "limited_periods": {k: sum(m.limited.get(k, 0) for m in episodes) for k in sorted({k for m in episodes for k in m.limited})},
+        "limited_periods": {
+            k: sum(m.limited.get(k, 0) for m in episodes)
+            for k in sorted({k for m in episodes for k in m.limited})
+        },
     }
 
 

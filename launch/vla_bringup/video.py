@@ -41,17 +41,39 @@ def write_video(bag: Path, cameras: list[str], caption: str, outcome: str, path:
                 image = list_[int(np.argmin(np.abs(stamps[camera] - t)))][1]
                 width = round(image.shape[1] * HEIGHT / image.shape[0] / 2) * 2
                 view = cv2.resize(image, (width, HEIGHT), interpolation=cv2.INTER_LINEAR)
-                cv2.putText(view, camera, (8, HEIGHT - 10), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1, cv2.LINE_AA)
+                cv2.putText(
+                    view,
+                    camera,
+                    (8, HEIGHT - 10),
+                    cv2.FONT_HERSHEY_SIMPLEX,
+                    0.45,
+                    (255, 255, 255),
+                    1,
+                    cv2.LINE_AA,
+                )
                 views.append(view)
             picture = np.concatenate(views, axis=1)
             last = times[-1] - t < 1.0
             text = f"{caption}  -  {outcome}" if last else caption
             banner = np.full((BANNER, picture.shape[1], 3), 24, np.uint8)
-            colour = (255, 255, 255) if not last else ((120, 255, 120) if outcome == "success" else (255, 140, 120))
+            colour = (
+                (255, 255, 255)
+                if not last
+                else ((120, 255, 120) if outcome == "success" else (255, 140, 120))
+            )
             scale = min(0.7, 0.7 * (picture.shape[1] - 150) / (14.0 * max(len(text), 1)))
             cv2.putText(banner, text, (10, 29), cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
             clock = f"{t - begin:5.1f} s"
-            cv2.putText(banner, clock, (picture.shape[1] - 80, 29), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (180, 180, 180), 1, cv2.LINE_AA)
+            cv2.putText(
+                banner,
+                clock,
+                (picture.shape[1] - 80, 29),
+                cv2.FONT_HERSHEY_SIMPLEX,
+                0.55,
+                (180, 180, 180),
+                1,
+                cv2.LINE_AA,
+            )
             picture = np.concatenate([banner, picture], axis=0)
             if stream is None:
                 stream = container.add_stream("libx264", rate=FRAME_RATE)

@@ -79,7 +79,9 @@ class PolicyHost:
     def clear(self) -> None:
         self._policies, self._active = {}, None
 
-    def infer(self, observation: PolicyObservation, request: InferenceRequest) -> tuple[PolicyOutput, Policy, bool]:
+    def infer(
+        self, observation: PolicyObservation, request: InferenceRequest
+    ) -> tuple[PolicyOutput, Policy, bool]:
         """One chunk of the active policy: its output, the policy, and whether this was its first after a switch."""
         with self._inference:
             policy = self.policy
@@ -114,7 +116,9 @@ def example_observation(policy: Policy, robot: Robot) -> PolicyObservation:
     }
     state = {
         arm.name: ArmState(
-            joints=np.array(arm.home), tool=matrix_to_pose(kinematics.forward(arm.name, arm.home)), gripper=1.0
+            joints=np.array(arm.home),
+            tool=matrix_to_pose(kinematics.forward(arm.name, arm.home)),
+            gripper=1.0,
         )
         for arm in robot.arms
     }

@@ -46,7 +46,9 @@ def policy_observation(message: Observation, spec: PolicySpec, instruction: str)
         arm = arms[name]
         p, q = arm.tool.position, arm.tool.orientation
         state[name] = ArmState(
-            joints=np.array(arm.position), tool=np.array([p.x, p.y, p.z, q.x, q.y, q.z, q.w]), gripper=arm.gripper
+            joints=np.array(arm.position),
+            tool=np.array([p.x, p.y, p.z, q.x, q.y, q.z, q.w]),
+            gripper=arm.gripper,
         )
     return PolicyObservation(
         images={name: image_array(images[name]) for name in spec.cameras},
@@ -56,7 +58,9 @@ def policy_observation(message: Observation, spec: PolicySpec, instruction: str)
     )
 
 
-def inference_request(message: ChunkRequest | None, spec: PolicySpec, observed: float, seed: int) -> InferenceRequest:
+def inference_request(
+    message: ChunkRequest | None, spec: PolicySpec, observed: float, seed: int
+) -> InferenceRequest:
     """The request in the policy's own time: its remainder sampled at the due times of the chunk to come.
 
     Action k of the chunk is due at `observed` + k * period, as in training; so entry k of the remainder is where the

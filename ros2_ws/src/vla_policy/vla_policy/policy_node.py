@@ -114,7 +114,9 @@ class PolicyNode(LifecycleNode):
     # ------------------------------------------------------------------------------------------------- topics
     def on_observation(self, message: Observation) -> None:
         with self._wake:
-            if self._observations and seconds(message.header.stamp) < seconds(self._observations[-1].header.stamp):
+            if self._observations and seconds(message.header.stamp) < seconds(
+                self._observations[-1].header.stamp
+            ):
                 self._observations.clear()  # the clock was set back: a new episode
             self._observations.append(message)
             self._wake.notify()
@@ -139,10 +141,15 @@ class PolicyNode(LifecycleNode):
         self.publish_status()
         return response
 
-    def on_switch(self, request: SwitchPolicy.Request, response: SwitchPolicy.Response) -> SwitchPolicy.Response:
+    def on_switch(
+        self, request: SwitchPolicy.Request, response: SwitchPolicy.Response
+    ) -> SwitchPolicy.Response:
         try:
             self.host.switch(request.policy)
-            response.success, response.message = True, f"policy {request.policy} drives from the next chunk on"
+            response.success, response.message = (
+                True,
+                f"policy {request.policy} drives from the next chunk on",
+            )
         except KeyError as error:
             response.success, response.message = False, error.args[0]
         self.publish_status()

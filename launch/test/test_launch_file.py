@@ -1,0 +1,105 @@
+"""The launch runner: the documented format in, the right processes out, and nothing left running."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from vla_bringup.launch_file import Launch, LaunchError, Process, evaluate, load, parse_arguments
+
+LAUNCH = Path(__file__).resolve().parents[1]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "x.launch.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_arguments_conditions_and_groups_decide_what_starts(tmp_path):
+    path = write(
+        tmp_path,
+        """
+launch:
+- arg: {name: who, default: world}
+- arg: {name: extra, default: 'false'}
+- let: {name: greeting, value: hello $(var who)}
+- executable: {cmd: echo $(var greeting)}
+- executable: {cmd: echo never, if: $(var extra)}
+- group:
+  - if: $(eval "'$(var who)' == 'world' and not $(eval '1 > 2')")
+  - let: {name: greeting, value: inner}
+  - executable: {cmd: echo $(var greeting)}
+- executable: {cmd: echo $(var greeting)}
+""",
+    )
+    assert [p.command for p in load(path)] == [
+        ["echo", "hello", "world"],
+        ["echo", "inner"],
+        ["echo", "hello", "world"],
+    ]
+    assert [p.command[-1] for p in load(path, {"who": "you", "extra": "true"})] == ["you", "never", "you"]
+
+
+def test_an_unknown_argument_is_refused_with_the_known_ones(tmp_path):
+    path = write(tmp_path, "launch:\n- arg: {name: robot, default: panda, description: which robot}\n")
+    with pytest.raises(LaunchError, match="unknown argument 'robto'.*robot: which robot"):
+        load(path, {"robto": "x"})
+
+
+def test_a_value_outside_the_choices_is_refused(tmp_path):
+    path = write(
+        tmp_path, "launch:\n- arg: {name: runtime, default: onnx, choice: [{value: onnx}, {value: torch}]}\n"
+    )
+    with pytest.raises(LaunchError, match="expected one of .*onnx.*torch.*found 'jax'"):
+        load(path, {"runtime": "jax"})
+
+
+@pytest.mark.parametrize(
+    "expression", ["__import__('os').system('true')", "open('x')", "(lambda: 1)()", "a.b"]
+)
+def test_eval_runs_no_code(expression):
+    with pytest.raises(LaunchError):
+        evaluate(expression)
+
+
+def test_words_that_are_no_arguments_are_refused():
+    with pytest.raises(LaunchError, match="expected name:=value"):
+        parse_arguments(["robot=panda"])
+
+
+@pytest.mark.parametrize("name", ["robot", "sim", "teleop"])
+def test_the_shipped_files_load_and_name_real_executables(name):
+    processes = load(LAUNCH / f"{name}.launch.yaml")
+    assert processes
+    for process in processes:
+        assert os.access(process.command[0], os.X_OK), process.command[0]
+
+
+def test_strategy_given_by_argument_overrides_the_policy_description():
+    def executor(arguments):
+        return next(
+            p for p in load(LAUNCH / "sim.launch.yaml", arguments) if p.name == "chunk_executor"
+        ).command
+
+    assert not any(word.startswith("strategy:=") for word in executor({}))
+    assert "strategy:=naive" in executor({"strategy": "naive"})
+
+
+def test_stopping_ends_every_process_even_one_that_ignores_interrupts():
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    polite = "import time; print('up', flush=True); time.sleep(60)"
+    lines = []
+    processes = [
+        Process(n, [sys.executable, "-c", code], dict(os.environ))
+        for n, code in (("stubborn", stubborn), ("polite", polite))
+    ]
+    with Launch(processes, lambda name, line: lines.append((name, line))) as launch:
+        deadline = time.monotonic() + 30
+        while sum(line == "up" for _, line in lines) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        launch.stop()
+    assert all(p.popen.poll() is not None for p in processes)
+    assert processes[0].popen.returncode == -signal.SIGTERM
