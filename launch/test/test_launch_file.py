@@ -50,16 +50,12 @@ def test_an_unknown_argument_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_a_value_outside_the_choices_is_refused(tmp_path):
-    path = write(
-        tmp_path, "launch:\n- arg: {name: runtime, default: onnx, choice: [{value: onnx}, {value: torch}]}\n"
-    )
+    path = write(tmp_path, "launch:\n- arg: {name: runtime, default: onnx, choice: [{value: onnx}, {value: torch}]}\n")
     with pytest.raises(LaunchError, match="expected one of .*onnx.*torch.*found 'jax'"):
         load(path, {"runtime": "jax"})
 
 
-@pytest.mark.parametrize(
-    "expression", ["__import__('os').system('true')", "open('x')", "(lambda: 1)()", "a.b"]
-)
+@pytest.mark.parametrize("expression", ["__import__('os').system('true')", "open('x')", "(lambda: 1)()", "a.b"])
 def test_eval_runs_no_code(expression):
     with pytest.raises(LaunchError):
         evaluate(expression)
@@ -80,16 +76,16 @@ def test_the_shipped_files_load_and_name_real_executables(name):
 
 def test_strategy_given_by_argument_overrides_the_policy_description():
     def executor(arguments):
-        return next(
-            p for p in load(LAUNCH / "sim.launch.yaml", arguments) if p.name == "chunk_executor"
-        ).command
+        return next(p for p in load(LAUNCH / "sim.launch.yaml", arguments) if p.name == "chunk_executor").command
 
     assert not any(word.startswith("strategy:=") for word in executor({}))
     assert "strategy:=naive" in executor({"strategy": "naive"})
 
 
 def test_stopping_ends_every_process_even_one_that_ignores_interrupts():
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
     polite = "import time; print('up', flush=True); time.sleep(60)"
     lines = []
     processes = [

@@ -76,9 +76,7 @@ class DemoConfig:
         if config.episodes < 1:
             raise LaunchError(f"demo: episodes: expected 1 or more, found {config.episodes}")
         if not config.policy:
-            raise LaunchError(
-                f"demo: policy: needed for robot {robot!r}; those with a default are {sorted(DEFAULTS)}"
-            )
+            raise LaunchError(f"demo: policy: needed for robot {robot!r}; those with a default are {sorted(DEFAULTS)}")
         return config
 
 
@@ -120,9 +118,7 @@ def run(config: DemoConfig) -> dict:
         def alive() -> None:
             dead = graph.dead()
             if dead:
-                raise RuntimeError(
-                    f"{dead[0].name} has ended (exit status {dead[0].popen.returncode}); see {log.name}"
-                )
+                raise RuntimeError(f"{dead[0].name} has ended (exit status {dead[0].popen.returncode}); see {log.name}")
 
         with EpisodeRunner(alive) as runner:
             runner.wait_ready()
@@ -136,9 +132,7 @@ def run(config: DemoConfig) -> dict:
                     result = runner.run(config.task, config.seed + k, config.options)
                     results.append(result)
                     outcome = "success" if result.success else f"failure ({result.detail})"
-                    tqdm.write(
-                        f"  {result.instruction!r}: {outcome} after {result.duration:.1f} s", file=sys.stderr
-                    )
+                    tqdm.write(f"  {result.instruction!r}: {outcome} after {result.duration:.1f} s", file=sys.stderr)
                     bar.update()
                     bar.set_postfix_str(f"{sum(r.success for r in results)}/{len(results)} succeeded")
             status = runner.policy

@@ -131,9 +131,7 @@ class EpisodeRunner:
         self._spin_until(lambda: self._policy.instruction == scene.instruction, SERVICE)
         bag = None
         if self._record:
-            answer = self._call(
-                "/recorder/start", StartEpisode.Request(task=task, instruction=scene.instruction)
-            )
+            answer = self._call("/recorder/start", StartEpisode.Request(task=task, instruction=scene.instruction))
             bag = Path(answer.bag)
         self._events.clear()
         wall = time.monotonic()

@@ -69,7 +69,7 @@ def load(path: str | os.PathLike, arguments: Mapping[str, str] | None = None) ->
     processes: list[Process] = []
     scope = Scope(path.parent, given, dict(os.environ))
     _Reader(path, declared, processes).run(scope)
-    unknown = sorted(set(given) - set(declared))
+    unknown = sorted(set(arguments or {}) - set(declared))
     if unknown:
         known = "; ".join(f"{name}: {text}" if text else name for name, text in sorted(declared.items()))
         raise LaunchError(f"{path.name}: unknown argument {unknown[0]!r}; expected one of: {known}")
@@ -189,9 +189,7 @@ class _Reader:
             file = Path(self.text(parameter["from"], scope))
             if not file.is_file():
                 siblings = sorted(p.stem for p in file.parent.glob("*.yaml"))
-                raise LaunchError(
-                    f"{self.path.name}: no parameter file {file}; beside it there are {siblings}"
-                )
+                raise LaunchError(f"{self.path.name}: no parameter file {file}; beside it there are {siblings}")
             return ["--params-file", str(file)]
         value = parameter["value"]
         if isinstance(value, (list, bool, int, float)):
@@ -282,9 +280,7 @@ def evaluate(expression: str) -> Any:
             return value(node.body) if value(node.test) else value(node.orelse)
         if isinstance(node, (ast.List, ast.Tuple)):
             return [value(e) for e in node.elts]
-        raise LaunchError(
-            f"$(eval {expression}): only constants, comparisons, and, or, not, if-else are allowed"
-        )
+        raise LaunchError(f"$(eval {expression}): only constants, comparisons, and, or, not, if-else are allowed")
 
     try:
         return value(ast.parse(expression.strip(), mode="eval").body)
@@ -303,10 +299,7 @@ def _truth(text: str, path: Path) -> bool:
 
 def _prefix(package: str, path: Path) -> Path:
     for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep):
-        if (
-            prefix
-            and (Path(prefix) / "share" / "ament_index" / "resource_index" / "packages" / package).exists()
-        ):
+        if prefix and (Path(prefix) / "share" / "ament_index" / "resource_index" / "packages" / package).exists():
             return Path(prefix)
     raise LaunchError(f"{path.name}: package {package!r} is not in the sourced workspace")
 

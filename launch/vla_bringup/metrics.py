@@ -134,13 +134,14 @@ def summary(episodes: list[EpisodeMetrics]) -> dict:
     def moved(name: str) -> np.ndarray:
         return joined(lambda m: np.concatenate([getattr(m, name)(arm) for arm in m.position]))
 
+    def stage(name: str) -> np.ndarray:
+        return joined(lambda m: m.inference.get(name, np.zeros(0)))
+
     stages = sorted({s for m in episodes for s in m.inference})
     return {
         "command_age_ms": distribution(joined(lambda m: m.command_age), 1e3),
         "control_jitter_ms": distribution(joined(lambda m: m.jitter), 1e3),
-        "inference_ms": {
-            s: distribution(joined(lambda m: m.inference.get(s, np.zeros(0))), 1e3) for s in stages
-        },
+        "inference_ms": {s: distribution(stage(s), 1e3) for s in stages},
         "boundary_step_mm": distribution(joined(lambda m: m.boundary_translation), 1e3),
         "boundary_step_deg": distribution(np.degrees(joined(lambda m: m.boundary_rotation))),
         "speed_m_s": distribution(moved("speed")),
@@ -149,8 +150,7 @@ def summary(episodes: list[EpisodeMetrics]) -> dict:
         "empty_ticks": int(sum(m.empty_ticks for m in episodes)),
         "refused_commands": int(max((m.refused for m in episodes), default=0)),
         "limited_periods": {
-            k: sum(m.limited.get(k, 0) for m in episodes)
-            for k in sorted({k for m in episodes for k in m.limited})
+            k: sum(m.limited.get(k, 0) for m in episodes) for k in sorted({k for m in episodes for k in m.limited})
         },
     }
 

@@ -56,11 +56,7 @@ def write_video(bag: Path, cameras: list[str], caption: str, outcome: str, path:
             last = times[-1] - t < 1.0
             text = f"{caption}  -  {outcome}" if last else caption
             banner = np.full((BANNER, picture.shape[1], 3), 24, np.uint8)
-            colour = (
-                (255, 255, 255)
-                if not last
-                else ((120, 255, 120) if outcome == "success" else (255, 140, 120))
-            )
+            colour = (255, 255, 255) if not last else ((120, 255, 120) if outcome == "success" else (255, 140, 120))
             scale = min(0.7, 0.7 * (picture.shape[1] - 150) / (14.0 * max(len(text), 1)))
             cv2.putText(banner, text, (10, 29), cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1, cv2.LINE_AA)
             clock = f"{t - begin:5.1f} s"

@@ -26,9 +26,7 @@ def mismatches(spec, robot: Robot) -> list[str]:
     elif space.kind == "joint":
         for name, joints in zip(space.arms, space.joints):
             if joints != len(arms[name].joints):
-                found.append(
-                    f"arm {name}: the policy drives {joints} joints, the robot has {len(arms[name].joints)}"
-                )
+                found.append(f"arm {name}: the policy drives {joints} joints, the robot has {len(arms[name].joints)}")
     for name in space.arms:
         if name in arms and arms[name].gripper is None:
             found.append(f"arm {name}: the policy drives a gripper, the robot has none")

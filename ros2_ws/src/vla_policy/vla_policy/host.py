@@ -79,9 +79,7 @@ class PolicyHost:
     def clear(self) -> None:
         self._policies, self._active = {}, None
 
-    def infer(
-        self, observation: PolicyObservation, request: InferenceRequest
-    ) -> tuple[PolicyOutput, Policy, bool]:
+    def infer(self, observation: PolicyObservation, request: InferenceRequest) -> tuple[PolicyOutput, Policy, bool]:
         """One chunk of the active policy: its output, the policy, and whether this was its first after a switch."""
         with self._inference:
             policy = self.policy

@@ -58,9 +58,7 @@ def policy_observation(message: Observation, spec: PolicySpec, instruction: str)
     )
 
 
-def inference_request(
-    message: ChunkRequest | None, spec: PolicySpec, observed: float, seed: int
-) -> InferenceRequest:
+def inference_request(message: ChunkRequest | None, spec: PolicySpec, observed: float, seed: int) -> InferenceRequest:
     """The request in the policy's own time: its remainder sampled at the due times of the chunk to come.
 
     Action k of the chunk is due at `observed` + k * period, as in training; so entry k of the remainder is where the

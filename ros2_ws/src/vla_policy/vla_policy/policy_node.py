@@ -114,9 +114,7 @@ class PolicyNode(LifecycleNode):
     # ------------------------------------------------------------------------------------------------- topics
     def on_observation(self, message: Observation) -> None:
         with self._wake:
-            if self._observations and seconds(message.header.stamp) < seconds(
-                self._observations[-1].header.stamp
-            ):
+            if self._observations and seconds(message.header.stamp) < seconds(self._observations[-1].header.stamp):
                 self._observations.clear()  # the clock was set back: a new episode
             self._observations.append(message)
             self._wake.notify()
@@ -141,9 +139,7 @@ class PolicyNode(LifecycleNode):
         self.publish_status()
         return response
 
-    def on_switch(
-        self, request: SwitchPolicy.Request, response: SwitchPolicy.Response
-    ) -> SwitchPolicy.Response:
+    def on_switch(self, request: SwitchPolicy.Request, response: SwitchPolicy.Response) -> SwitchPolicy.Response:
         try:
             self.host.switch(request.policy)
             response.success, response.message = (
