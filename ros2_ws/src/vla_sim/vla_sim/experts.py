@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import mujoco
 import numpy as np
 from vla_core import se3
 from vla_core.kinematics import Kinematics
 
 from vla_sim.gym_aloha_world import GymAlohaWorld
-from vla_sim.minimum_jerk import Track
+from vla_sim.minimum_jerk import Track, minimum_jerk
 from vla_sim.table import PLATE_HEIGHT, REST_HEIGHT, TableWorld
 from vla_sim.world import World, WorldError
 
 GRASP_BELOW = 0.004  # below the centre of an object, m: fingers reach over the thickest part
 CARRY = 0.16  # height of the tool with a lifted object, m
+STEPS, STEP = 400, 0.02  # of ACT's way-points; a step in s
 
 
 class Expert(ABC):
@@ -104,21 +104,21 @@ class TransferCubeExpert(Expert):
     """Way-points of ACT's scripted policy for the cube transfer, as joint targets.
 
     Source: `PickAndTransferPolicy` of the ACT code (Zhao et al. 2023, "Learning fine-grained bimanual manipulation
-    with low-cost hardware", scripted data of the simulated cube transfer). There mocap bodies drag the grippers and
-    the joints are replayed; here inverse kinematics follows the same way-points directly. The poses are those of the
-    gripper links; times are steps of 0.02 s.
+    with low-cost hardware", scripted data of the simulated cube transfer). There mocap bodies drag the finger tips
+    and the joints are replayed; here inverse kinematics follows the same way-points directly. Rotations turn away
+    from the arm's straight pose; times are steps of 0.02 s.
     """
 
     kind = "joint"
 
     def __init__(self, world: GymAlohaWorld):
         super().__init__(world)
-        box = world.box
+        box = world.box_start
         meet = np.array([0.0, 0.5, 0.25])
         tilted = _rotation([0.0, 1.0, 0.0], -60.0)
         rolled = _rotation([1.0, 0.0, 0.0], 90.0)
         upright = np.eye(3)
-        # (step, position of the gripper link, rotation away from the start, gripper opening)
+        # (step, tool position m, rotation, gripper opening)
         ways = {
             "left": [
                 (100, meet + [-0.10, 0.0, -0.02], rolled, 1.0),
@@ -136,17 +136,21 @@ class TransferCubeExpert(Expert):
                 (360, meet + [0.10, 0.0, 0.0], tilted, 1.0),
             ],
         }
+        straight = {"left": np.eye(3), "right": _rotation([0.0, 0.0, 1.0], 180.0)}
         kinematics = Kinematics(world.robot)
-        self._plans = [_follow(world, kinematics, arm.name, ways[arm.name]) for arm in world.robot.arms]
+        self._plans = [
+            _follow(world, kinematics, arm.name, [(s, p, R @ straight[arm.name], g) for s, p, R, g in ways[arm.name]])
+            for arm in world.robot.arms
+        ]
 
     def target(self, now: float) -> np.ndarray:
-        step = (now - self._start) / 0.02
-        index = int(np.clip(step, 0, len(self._plans[0]) - 2))
+        step = (now - self._start) / STEP
+        index = int(np.clip(step, 0, STEPS - 1))
         u = float(np.clip(step - index, 0.0, 1.0))
         return np.concatenate([(1 - u) * plan[index] + u * plan[index + 1] for plan in self._plans])
 
     def steadiness(self, now: float) -> float:
-        step = (now - self._start) / 0.02
+        step = (now - self._start) / STEP
         return float(np.clip((step - 80) / 20, 0.0, 1.0) * np.clip((340 - step) / 20, 0.0, 1.0))
 
 
@@ -159,28 +163,37 @@ def make_expert(world: World) -> Expert:
 
 
 def _follow(world: GymAlohaWorld, kinematics: Kinematics, name: str, way: list) -> np.ndarray:
-    """Joints and opening (401, n + 1) at every step along way-points of the gripper link."""
+    """Joints and opening (STEPS + 1, n + 1) at every step along way-points of the tool.
+
+    Legs that turn the tool are straight in joint space, since on a straight way in space the wrist would come through
+    its singularity and could leave it flipped; the others are straight in space.
+    """
     arm = world.robot.arm(name)
     positions = world.positions()
-    q = np.array([positions[j] for j in arm.joints])
-    T_tool_link = se3.inverse(arm.tool.T_link_tool)
-    link = kinematics.forward(name, q) @ T_tool_link
-    # As in ACT, rotations are about the base axes for the right arm's mirror image as well: R = R_way R_start.
-    rotation = link[:3, :3]
-    place = Track(link[:3, 3], _legs([(s, p) for s, p, _, _ in way]))
-    opening = Track(arm.gripper.opening(positions), _legs([(s, g) for s, _, _, g in way]))
-    turns = [(0, np.eye(3))] + [(s, R) for s, _, R, _ in way]
-    plan = []
-    for step in range(401):
-        T = np.eye(4)
-        T[:3, :3] = _turned(turns, step) @ rotation
-        T[:3, 3] = place(step)
-        solved = kinematics.inverse(name, T @ arm.tool.T_link_tool, q)
-        if solved is None:
-            raise WorldError(f"expert: arm {name} does not reach step {step} of its way, position {T[:3, 3]}")
-        q = solved
-        plan.append(np.append(q, np.clip(opening(step), 0.0, 1.0)))
-    return np.array(plan)
+    start = np.array([positions[j] for j in arm.joints])
+    bent = start + [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]  # the wrist, away from the singularity
+    openings = Track(arm.gripper.opening(positions), _legs([(s, g) for s, _, _, g in way]))
+    corners = [(0, kinematics.forward(name, start))] + [(s, se3.transform(R, p)) for s, p, R, _ in way]
+    joints = [start]
+    for (s0, T0), (s1, T1) in zip(corners, corners[1:], strict=False):
+        turns = not np.allclose(T0[:3, :3], T1[:3, :3])
+        reached = _solve(kinematics, name, T1, bent) if turns else None
+        first = joints[-1]
+        for step in range(s0 + 1, s1 + 1):
+            u = minimum_jerk((step - s0) / (s1 - s0))
+            if reached is not None:
+                joints.append(first + u * (reached - first))
+            else:
+                joints.append(_solve(kinematics, name, se3.interpolate(T0, T1, u), joints[-1]))
+    joints += [joints[-1]] * (STEPS + 1 - len(joints))
+    return np.array([np.append(q, np.clip(openings(step), 0.0, 1.0)) for step, q in enumerate(joints)])
+
+
+def _solve(kinematics: Kinematics, name: str, T: np.ndarray, q0: np.ndarray) -> np.ndarray:
+    q = kinematics.inverse(name, T, q0)
+    if q is None:
+        raise WorldError(f"expert: arm {name}: expected a way within reach, found {T[:3, 3]} m out of it")
+    return q
 
 
 def _legs(ways: list) -> list:
@@ -188,18 +201,5 @@ def _legs(ways: list) -> list:
     return [(t0, t1, value) for t0, (t1, value) in zip(times, ways, strict=False)]
 
 
-def _turned(turns: list, step: int) -> np.ndarray:
-    for (s0, R0), (s1, R1) in zip(turns, turns[1:], strict=False):
-        if step <= s1:
-            u = float(Track(0.0, [(s0, s1, 1.0)])(step)[0])
-            T0, T1 = np.eye(4), np.eye(4)
-            T0[:3, :3], T1[:3, :3] = R0, R1
-            return se3.interpolate(T0, T1, u)[:3, :3]
-    return turns[-1][1]
-
-
 def _rotation(axis: list[float], degrees: float) -> np.ndarray:
-    quat, matrix = np.zeros(4), np.zeros(9)
-    mujoco.mju_axisAngle2Quat(quat, np.array(axis), np.deg2rad(degrees))
-    mujoco.mju_quat2Mat(matrix, quat)
-    return matrix.reshape(3, 3)
+    return se3.exp_so3(np.array(axis) * np.deg2rad(degrees))

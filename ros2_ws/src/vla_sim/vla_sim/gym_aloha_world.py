@@ -49,9 +49,9 @@ class GymAlohaWorld(World):
         super().__init__(robot, model, self._physics.data.ptr, task)
 
     @property
-    def box(self) -> np.ndarray:
-        """Centre of the cube in the base frame, (3,), m."""
-        return self.data.body("box").xpos.copy()
+    def box_start(self) -> np.ndarray:
+        """Centre of the cube as the seed placed it (it then falls 3 cm onto the table), base frame, (3,), m."""
+        return sample_box_pose(self.episode.seed)[:3]
 
     def _begin(self, task: str, seed: int, options: dict[str, str]) -> Episode:
         if options:
