@@ -79,6 +79,11 @@ class PolicySpec:
                               f"{self.horizon}, {self.period}, {self.steps}")
 
     @property
+    def example_instruction(self) -> str:
+        """Words that the policy certainly knows, for warming up; empty when it ignores the instruction."""
+        return " ".join(self.vocabulary[1 : 1 + min(4, self.context)])
+
+    @property
     def state_dim(self) -> int:
         """Length of the state vector."""
         if self.state == "pose":

@@ -1,0 +1,43 @@
+"""Attention written out (no fused kernels): differentiates under torch.func, traces with make_fx, exports to ONNX."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, heads, T, D/heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention over (B, heads, T, d); heads joined again: (B, T, heads*d)."""
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its projections. Positions may be added to queries and keys alone (DETR, ACT)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (split_heads(f(x), self.heads)
+                   for f, x in ((self.query, query), (self.key, key), (self.value, value)))
+        return self.out(attend(q, k, v))
+
+
+def sinusoids(positions: Tensor, width: int, longest: float) -> Tensor:
+    """Sine and cosine features of `positions` (...) -> (..., width); wavelengths up to `longest`."""
+    steps = torch.arange(width // 2, device=positions.device, dtype=torch.float32) / max(width // 2 - 1, 1)
+    angles = positions.unsqueeze(-1) * (2 * math.pi * longest ** (-steps))
+    return torch.cat([angles.sin(), angles.cos()], -1)

@@ -1,0 +1,212 @@
+"""Recipe "flow": a small language-conditioned flow-matching policy.
+
+    images --FiLM CNN--> keypoints + pooled tokens --.
+    instruction --> embedding ----------------------- > context --keys, values--> transformer over H noisy actions
+    state --> MLP -----------------------------------'                            under adaLN of the flow time
+
+The encoding is made once for each chunk; only the action transformer runs in every integration step. Trained with
+flow matching (Lipman et al., arXiv 2210.02747; as an action head: pi0, arXiv 2410.24164) and with clean prefixes
+(training-time RTC, arXiv 2512.05964), so it supports both "guided" and "prefix".
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_models.attention import Attention, attend, sinusoids, split_heads
+from vla_models.backbones import FilmEncoder, LanguageEncoder, SpatialSoftmax
+from vla_models.policy import ChunkPrefix, ModelInputs, PolicySpec
+from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
+from vla_models.torch_policy import Batch, TorchPolicy
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Sizes of the network and settings of its loss.
+
+    width, layers, heads, expansion: of the action transformer. channels, blocks: of the image encoders (see
+    FilmEncoder). points: keypoints a camera. pool: pooled tokens a camera, rows and columns. samples: (noise, time)
+    pairs drawn for each encoded observation in training. prefix_share: part of the training samples that get a clean
+    prefix of 0 to `PolicySpec.prefix_limit` steps.
+    """
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    expansion: int = 2
+    channels: tuple[int, int] = (32, 64)
+    blocks: tuple[int, int] = (1, 2)
+    points: int = 32
+    pool: tuple[int, int] = (3, 4)
+    samples: int = 4
+    prefix_share: float = 0.5
+
+
+class CameraTokens(nn.Module):
+    """One camera: image -> tokens (B, 4 + pool, width), from its keypoints and from its pooled features."""
+
+    def __init__(self, size: tuple[int, int], config: FlowConfig):
+        super().__init__()
+        grid = (-(-size[0] // 8), -(-size[1] // 8))
+        channels = config.channels[1]
+        self.encoder = FilmEncoder(config.channels, config.blocks, config.width)
+        self.keypoints = SpatialSoftmax(channels, config.points, grid)
+        self.point_tokens = nn.Sequential(nn.Linear(2 * config.points, config.width), nn.SiLU(),
+                                          nn.Linear(config.width, 4 * config.width))
+        self.window = (grid[0] // config.pool[0], grid[1] // config.pool[1])
+        self.pooled = nn.Linear(channels, config.width)
+        self.positions = nn.Parameter(torch.randn(4 + config.pool[0] * config.pool[1], config.width) * 0.02)
+
+    def forward(self, image: Tensor, language: Tensor) -> Tensor:
+        features = self.encoder(image, language)
+        points = self.point_tokens(self.keypoints(features).flatten(1)).unflatten(1, (4, -1))
+        pooled = nn.functional.avg_pool2d(features, self.window).flatten(2).transpose(1, 2)
+        return torch.cat([points, self.pooled(pooled)], 1) + self.positions
+
+
+class ActionBlock(nn.Module):
+    """Self-attention over the actions, cross-attention to the context, MLP; adaLN (Peebles, Xie, arXiv 2212.09748)."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=i == 1) for i in range(3))
+        self.attention = Attention(width, config.heads)
+        self.query = nn.Linear(width, width)
+        self.context = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, config.expansion * width), nn.GELU(approximate="tanh"),
+                                 nn.Linear(config.expansion * width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, times: tuple[Tensor, Tensor | None, Tensor | None]
+                ) -> Tensor:
+        """x (B*m, H, width); keys, values (B, heads, T, d): m samples share one context."""
+        time, clean, known = times
+        modulation = self.modulation(time)
+        if known is not None:
+            modulation = torch.where(known, self.modulation(clean), modulation)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+        h = self.norms[0](x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attention(h, h, h)
+        q = self.query(self.norms[1](x)).reshape(keys.shape[0], -1, x.shape[-1])
+        x = x + self.out(attend(split_heads(q, self.heads), keys, values)).reshape(x.shape)
+        h = self.norms[2](x) * (1 + scale2) + shift2
+        return x + gate2 * self.mlp(h)
+
+
+class FlowNetwork(nn.Module):
+    """The network of the recipe "flow"."""
+
+    def __init__(self, spec: PolicySpec, config: FlowConfig):
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.horizon = spec.horizon
+        self.prefix_limit = spec.prefix_limit
+        self.language = LanguageEncoder(len(spec.vocabulary), spec.context, width)
+        self.cameras = nn.ModuleList(CameraTokens(size, config) for size in spec.cameras.values())
+        self.state = nn.Sequential(nn.Linear(spec.state_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.action_in = nn.Linear(spec.action_dim, width)
+        self.places = nn.Parameter(torch.randn(spec.horizon, width) * 0.02)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.blocks = nn.ModuleList(ActionBlock(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.action_out = nn.Linear(width, spec.action_dim)
+        nn.init.zeros_(self.action_out.weight)
+        nn.init.zeros_(self.action_out.bias)
+
+    def encode(self, images: tuple[Tensor, ...], tokens: Tensor, state: Tensor) -> Tensor:
+        """Keys and values of the context for every block, (B, 2*layers, heads, T, width/heads).
+
+        images: one (B, 3, h, w) float in [0, 1] a camera. tokens: (B, context) int64. state: (B, state_dim).
+        """
+        language = self.language(tokens)
+        parts = [language.unsqueeze(1), self.state(state).unsqueeze(1)]
+        parts += [camera(image, language) for camera, image in zip(self.cameras, images, strict=True)]
+        context = torch.cat(parts, 1)
+        pairs = [part for block in self.blocks for part in block.context(context).chunk(2, -1)]
+        return torch.stack([split_heads(part, self.config.heads) for part in pairs], 1)
+
+    def velocity(self, context: Tensor, x: Tensor, tau: Tensor, known: Tensor | None = None) -> Tensor:
+        """Velocity (B*m, H, dim) of the noisy actions x (B*m, H, dim) at flow time tau.
+
+        tau: (B*m, 1), one time for the chunk, or (B*m, H), one for each action. known: (B*m, H) bool, actions that
+        are clean whatever tau says (the same as tau = 1 there, but cheaper).
+        """
+        time = self._time(tau)
+        clean = self._time(torch.ones_like(tau[:1, :1])) if known is not None else None
+        times = (time, clean, known.unsqueeze(-1) if known is not None else None)
+        h = self.action_in(x) + self.places
+        for i, block in enumerate(self.blocks):
+            h = block(h, context[:, 2 * i], context[:, 2 * i + 1], times)
+        return self.action_out(self.norm(h))
+
+    def _time(self, tau: Tensor) -> Tensor:
+        return self.time(sinusoids(tau, 64, 100.0))
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Flow-matching loss: mean square of velocity - (actions - noise) over the actions that are not prefix."""
+        context = self.encode(batch.images, batch.tokens, batch.state)
+        actions = batch.actions.repeat_interleave(self.config.samples, 0)
+        count, device = len(actions), actions.device
+        noise = torch.randn(actions.shape, generator=generator).to(device)
+        # More weight on the noisy end, where the decisions fall (pi0: 1 - tau ~ Beta(1.5, 1)).
+        tau = 1 - torch.rand(count, 1, generator=generator).to(device) ** (1 / 1.5)
+        length = torch.randint(0, self.prefix_limit + 1, (count, 1), generator=generator)
+        length = length * (torch.rand(count, 1, generator=generator) < self.config.prefix_share)
+        known = (torch.arange(self.horizon) < length).to(device)
+        x = torch.where(known.unsqueeze(-1), actions, (1 - tau).unsqueeze(-1) * noise + tau.unsqueeze(-1) * actions)
+        error = (self.velocity(context, x, tau, known) - (actions - noise)).square().mean(-1)
+        free = (~known).to(error)
+        return {"loss": (error * free).sum() / free.sum()}
+
+
+class FlowPolicy(TorchPolicy):
+    """The recipe "flow" on torch."""
+
+    Config = FlowConfig
+    Network = FlowNetwork
+    normalization = {"state": "mean_std", "action": "mean_std"}
+
+    def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
+            timings: dict[str, float]) -> np.ndarray:
+        start = time.perf_counter()
+        images, tokens, state = self.tensors(inputs)
+        with torch.no_grad():
+            context = self.network.encode(images, tokens, state)
+            encoded = time.perf_counter()
+            sample = sample_flow(velocity_of(self.network, context), torch.from_numpy(noise).to(self.device),
+                                 self.steps, guidance_of(prefix))
+        actions = sample.cpu().numpy()
+        timings["encode"] = encoded - start
+        timings["sample"] = time.perf_counter() - encoded
+        return actions
+
+
+def velocity_of(network: FlowNetwork, context: Tensor):
+    """`network` as the sampler wants it: velocity(x, tau) with tau a float or a tensor (B, H)."""
+
+    def velocity(x: Tensor, tau) -> Tensor:
+        if not isinstance(tau, Tensor):
+            tau = torch.full((x.shape[0], 1), float(tau), dtype=x.dtype, device=x.device)
+        return network.velocity(context, x, tau)
+
+    return velocity
+
+
+def guidance_of(prefix: ChunkPrefix | None) -> Guidance | None:
+    """The sampler's guidance for what a request left."""
+    if prefix is None:
+        return None
+    if prefix.mode == "prefix":
+        return PrefixGuidance(prefix.target, prefix.known)
+    return RtcGuidance(prefix.target, prefix.weights, prefix.beta)

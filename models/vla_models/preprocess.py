@@ -1,0 +1,130 @@
+"""From an observation to a network's inputs and from its output to metric targets: written once, NumPy and OpenCV.
+
+The torch runtime, the ONNX runtime and the training data all pass through these functions, so a policy sees in use
+exactly what it saw in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+from vla_core import se3
+
+from vla_models.normalization import Normalizer
+from vla_models.policy import (ArmState, ChunkPrefix, InferenceRequest, ModelInputs, PolicyError, PolicyObservation,
+                               PolicySpec)
+from vla_models.tokenizer import Tokenizer
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8 at `size` = (height, width), by pixel area."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise PolicyError(f"image: expected (H, W, 3) uint8, found {image.shape} {image.dtype}")
+    if image.shape[:2] == tuple(size):
+        return np.ascontiguousarray(image)
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+
+
+def image_tensor(images: np.ndarray) -> np.ndarray:
+    """(..., h, w, 3) uint8 -> (..., 3, h, w) float32 in [0, 1], contiguous."""
+    return np.ascontiguousarray(np.moveaxis(images, -1, -3)).astype(np.float32) / np.float32(255.0)
+
+
+def state_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray:
+    """(state_dim,) float64, raw: "pose" [position 3 m, 6D rotation 6, opening], "joint" [q1..qn rad, opening] an arm."""
+    parts = []
+    for name in spec.arms:
+        arm = _arm(spec, state, name)
+        if spec.state == "pose":
+            matrix = se3.pose_to_matrix(np.asarray(arm.tool, float))
+            parts += [matrix[:3, 3], se3.matrix_to_rot6d(matrix[:3, :3])]
+        else:
+            parts.append(_joints(spec, name, arm))
+        parts.append([arm.gripper])
+    return np.concatenate(parts)
+
+
+def anchor_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray:
+    """(target_dim,) float64: the measured state in the target layout, what relative actions refer to."""
+    parts = []
+    for name in spec.arms:
+        arm = _arm(spec, state, name)
+        parts += [np.asarray(arm.tool, float) if spec.action_space.kind == "pose" else _joints(spec, name, arm),
+                  [arm.gripper]]
+    return np.concatenate(parts)
+
+
+class Processor:
+    """Everything around the network of one policy. normalizers: {"state": Normalizer, "action": Normalizer}."""
+
+    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Normalizer]):
+        self.spec = spec
+        self.state: Normalizer = normalizers["state"]
+        self.action: Normalizer = normalizers["action"]
+        self.tokenizer = Tokenizer(spec.vocabulary, spec.context)
+        for name, normalizer, dim in (("state", self.state, spec.state_dim), ("action", self.action, spec.action_dim)):
+            if normalizer.offset.shape[-1] != dim:
+                raise PolicyError(f"policy {spec.name}: {name} normaliser: expected {dim} numbers, found "
+                                  f"{normalizer.offset.shape[-1]}")
+
+    def inputs(self, observation: PolicyObservation) -> tuple[ModelInputs, np.ndarray]:
+        """Inputs for a batch of one, and the anchor (target_dim,)."""
+        images = []
+        for camera, size in self.spec.cameras.items():
+            if camera not in observation.images:
+                raise PolicyError(f"policy {self.spec.name}: observation: expected camera {camera!r}, found "
+                                  f"{sorted(observation.images)}")
+            images.append(image_tensor(resize_image(observation.images[camera], size)[None]))
+        state = self.state.normalize(state_vector(self.spec, observation.state))[None]
+        tokens = self.tokenizer.encode(observation.instruction)[None]
+        return ModelInputs(tuple(images), tokens, state), anchor_vector(self.spec, observation.state)
+
+    def actions(self, targets: np.ndarray, anchor: np.ndarray) -> np.ndarray:
+        """Absolute targets (..., H, target_dim) -> normalised actions (..., H, dim) float32 relative to `anchor`."""
+        return self.action.normalize(self.spec.action_space.encode(targets, anchor))
+
+    def targets(self, actions: np.ndarray, anchor: np.ndarray) -> np.ndarray:
+        """Normalised actions (H, dim) -> absolute targets (H, target_dim), float64; quaternions of unit length."""
+        return self.spec.action_space.decode(self.action.denormalize(actions), anchor)
+
+    def prefix(self, request: InferenceRequest, anchor: np.ndarray) -> ChunkPrefix | None:
+        """The remainder of the running chunk as the sampler takes it; None when the request asks for no guidance."""
+        if not request.guidance or request.remainder is None or len(request.remainder) == 0:
+            return None
+        spec = self.spec
+        if request.guidance not in spec.guidance:
+            raise PolicyError(f"policy {spec.name}: guidance {request.guidance!r} is not supported; it supports "
+                              f"{list(spec.guidance) or 'none'}")
+        remainder = np.asarray(request.remainder, float)[: spec.horizon]
+        if remainder.ndim != 2 or remainder.shape[1] != spec.target_dim:
+            raise PolicyError(f"policy {spec.name}: remainder: expected (K, {spec.target_dim}), found "
+                              f"{remainder.shape}")
+        length = len(remainder)
+        padded = np.concatenate([remainder, np.repeat(remainder[-1:], spec.horizon - length, axis=0)])
+        target = self.actions(padded, anchor)[None]
+        weights = np.zeros(spec.horizon, np.float32)
+        if request.guidance == "guided":
+            from vla_execution.rtc import prefix_weights
+
+            # Beyond the remainder there is only padding: guide no further.
+            horizon = max(request.execution_horizon, spec.horizon - length)
+            delay = min(max(request.delay, 0), spec.horizon)
+            weights = prefix_weights(spec.horizon, delay, horizon, request.schedule).astype(np.float32)
+        known = np.arange(spec.horizon) < min(max(request.delay, 0), length, spec.prefix_limit)
+        return ChunkPrefix(request.guidance, target, weights, known[None], float(request.beta))
+
+
+def _arm(spec: PolicySpec, state: Mapping[str, ArmState], name: str) -> ArmState:
+    if name not in state:
+        raise PolicyError(f"policy {spec.name}: observation: expected arm {name!r}, found {sorted(state)}")
+    return state[name]
+
+
+def _joints(spec: PolicySpec, name: str, arm: ArmState) -> np.ndarray:
+    joints = np.asarray(arm.joints, float)
+    if name not in spec.joints or joints.shape != (len(spec.joints[name]),):
+        raise PolicyError(f"policy {spec.name}: arm {name!r}: expected {len(spec.joints.get(name, ()))} joints, found "
+                          f"{joints.shape}")
+    return joints
