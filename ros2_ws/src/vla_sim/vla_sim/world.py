@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 from vla_core.robot import Robot, load_robot
 
-from vla_sim.renderer import Renderer
+from vla_sim.renderer import Renderer, Shot
 
 
 class WorldError(ValueError):
@@ -170,10 +170,13 @@ class World(ABC):
         """Picture of a camera of the robot, (height, width, 3) uint8 RGB; the default size is the robot's."""
         described = self.robot.camera(camera)
         if self._renderer is None:
-            self._renderer = Renderer(self.model)
-        return self._renderer.render(
-            self.data, self._cameras[camera], width or described.width, height or described.height
-        )
+            self._renderer, self._shot = Renderer(self.model), Shot(self.model)
+        self.take(camera, self._shot)
+        return self._renderer.draw(self._shot, width or described.width, height or described.height)
+
+    def take(self, camera: str, shot: Shot) -> None:
+        """Fill a shot with what a camera sees now; a renderer of another thread may draw it."""
+        shot.take(self.data, self._cameras[self.robot.camera(camera).name])
 
     def intrinsics(self, camera: str, width: int | None = None, height: int | None = None) -> np.ndarray:
         """Intrinsic matrix (3, 3) in pixels: square pixels, principal point in the middle, no distortion."""
@@ -191,6 +194,11 @@ class World(ABC):
         T[:3, :3] = self.data.cam_xmat[index].reshape(3, 3) * [1.0, -1.0, -1.0]
         T[:3, 3] = self.data.cam_xpos[index]
         return T
+
+    def carrier(self, camera: str) -> str | None:
+        """Name of the arm whose tool link carries a camera; None for one that stands still."""
+        body = self.model.cam_bodyid[self._cameras[self.robot.camera(camera).name]]
+        return next((arm for arm, tool in self._tools.items() if tool == body), None)
 
     def close(self) -> None:
         """Free the rendering context."""

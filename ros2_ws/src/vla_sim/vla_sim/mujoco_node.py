@@ -1,0 +1,215 @@
+"""mujoco_node: a simulated robot that looks like a real one from ROS.
+
+One thread steps physics, serves callbacks in between and publishes joint states, tools and the clock every control
+period; another draws the cameras' pictures. Nothing arrives from the controller: the arm holds its pose.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+import numpy as np
+import rclpy
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import TransformStamped
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rosgraph_msgs.msg import Clock as ClockMessage
+from sensor_msgs.msg import CameraInfo, Image, JointState
+from std_msgs.msg import String
+from tf2_msgs.msg import TFMessage
+from vla_core import se3
+from vla_core.robot import load_robot
+from vla_core.time import to_msg
+from vla_msgs.msg import EpisodeEvent
+from vla_msgs.srv import ResetWorld
+
+from vla_sim.camera_thread import CameraThread
+from vla_sim.pacing import Pacer
+from vla_sim.world import Episode, Outcome, World, make_world
+
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+BEST_EFFORT = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+class MujocoNode(Node):
+    """Topics and services of a simulated robot; `run` drives everything until the context ends."""
+
+    def __init__(self) -> None:
+        super().__init__("mujoco_node")
+        robot = load_robot(self.declare_parameter("robot", "panda").value)
+        task = self.declare_parameter("task", "").value
+        seed = self.declare_parameter("seed", 0).value
+        factor = self.declare_parameter("realtime_factor", 1.0).value
+        self._reset_on_end = self.declare_parameter("reset_on_end", False).value
+        self.world: World = make_world(robot, task or None)
+        self._joint_states = self.create_publisher(JointState, "/joint_states", 10)
+        self._clock_topic = self.create_publisher(ClockMessage, "/clock", BEST_EFFORT)
+        self._tf = self.create_publisher(TFMessage, "/tf", 100)
+        self._events = self.create_publisher(EpisodeEvent, "/episode_events", 50)
+        self._instruction = self.create_publisher(String, "/instruction", LATCHED)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._images, self._infos = {}, {}
+        for camera in robot.cameras:
+            base = f"/camera/{camera.name}"
+            self._images[camera.name] = self.create_publisher(Image, f"{base}/image_raw", 5)
+            self._infos[camera.name] = self.create_publisher(CameraInfo, f"{base}/camera_info", 5)
+        for arm in robot.arms:
+            self.create_subscription(JointState, f"/{arm.name}/joint_targets", self._on_targets, 5)
+        self.create_service(ResetWorld, "/world/reset", self._on_reset)
+        self._begin(self.world.reset(None, seed))
+        # Cameras begin in different control periods and keep their own rates.
+        self._due = {c.name: i * self.world.period for i, c in enumerate(robot.cameras)}
+        self._pacer = Pacer(self.world.period, factor)
+        self._cameras = CameraThread(self.world, self._publish_picture)
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1.0, self._diagnose, clock=steady)
+        self.get_logger().info(f"{robot.name}: task {self.world.episode.task}, {self.world.episode.instruction!r}")
+
+    def run(self) -> None:
+        """Step and serve callbacks until the context is shut down."""
+        executor = SingleThreadedExecutor(context=self.context)
+        executor.add_node(self)
+        try:
+            while self.context.ok():
+                while (remaining := self._pacer.remaining()) > 0.0:
+                    executor.spin_once(timeout_sec=remaining)
+                executor.spin_once(timeout_sec=0.0)
+                self._tick()
+                self._pacer.advance()
+        finally:
+            self._cameras.close()
+
+    # ------------------------------------------------------------------------------------------------- periods
+
+    def _tick(self) -> None:
+        before = self.world.outcome()
+        self.world.step()
+        stamp = self._stamp(self.world.time)
+        names, position, velocity = self.world.joint_state()
+        message = JointState(name=list(names), position=position.tolist(), velocity=velocity.tolist())
+        message.header.stamp = stamp
+        self._joint_states.publish(message)
+        self._tf.publish(TFMessage(transforms=[self._tool_transform(arm, stamp) for arm in self.world.robot.arms]))
+        self._clock_topic.publish(ClockMessage(clock=stamp))
+        for camera in self.world.robot.cameras:
+            if self.world.time >= self._due[camera.name] - 1e-9:
+                self._due[camera.name] += 1.0 / camera.rate
+                self._cameras.take(camera.name)
+        outcome = self.world.outcome()
+        if (outcome.success or outcome.failed) and not (before.success or before.failed):
+            self._publish_event(EpisodeEvent.SUCCESS if outcome.success else EpisodeEvent.FAILURE, outcome)
+            if self._reset_on_end:
+                self._begin(self.world.reset(None, self.world.episode.seed + 1))
+
+    def _tool_transform(self, arm, stamp) -> TransformStamped:
+        message = TransformStamped(child_frame_id=arm.tool.frame)
+        message.header.stamp, message.header.frame_id = stamp, self.world.robot.base_frame
+        pose = se3.matrix_to_pose(self.world.tool_pose(arm.name)).tolist()
+        translation, rotation = message.transform.translation, message.transform.rotation
+        translation.x, translation.y, translation.z, rotation.x, rotation.y, rotation.z, rotation.w = pose
+        return message
+
+    def _publish_picture(self, camera: str, time: float, picture: np.ndarray) -> None:
+        """In the cameras' thread."""
+        if not self.context.ok():
+            return
+        height, width, _ = picture.shape
+        image = Image(height=height, width=width, encoding="rgb8", step=3 * width)
+        image.data = array("B", picture.tobytes())
+        image.header.stamp = self._stamp(time)
+        image.header.frame_id = self.world.robot.camera(camera).frame
+        K = self.world.intrinsics(camera)
+        info = CameraInfo(header=image.header, height=height, width=width, distortion_model="plumb_bob")
+        info.d, info.k, info.r = [0.0] * 5, K.ravel().tolist(), np.eye(3).ravel().tolist()
+        info.p = np.hstack([K, np.zeros((3, 1))]).ravel().tolist()
+        self._images[camera].publish(image)
+        self._infos[camera].publish(info)
+
+    # ----------------------------------------------------------------------------------------------- callbacks
+
+    def _on_targets(self, message: JointState) -> None:
+        stamp = message.header.stamp.sec + message.header.stamp.nanosec * 1e-9
+        if 0.0 < stamp < self._began - 1e-9:
+            return  # meant for the episode before
+        try:
+            if len(message.name) != len(message.position):
+                raise ValueError(f"expected {len(message.name)} positions, found {len(message.position)}")
+            self.world.set_targets(dict(zip(message.name, message.position, strict=True)))
+        except ValueError as error:
+            self.get_logger().error(f"joint targets refused: {error}", throttle_duration_sec=1.0)
+
+    def _on_reset(self, request: ResetWorld.Request, response: ResetWorld.Response) -> ResetWorld.Response:
+        try:
+            options = {}
+            for option in request.options:
+                key, separator, value = option.partition("=")
+                if not separator:
+                    raise ValueError(f"options: expected key=value, found {option!r}")
+                options[key] = value
+            episode = self.world.reset(request.task or None, request.seed, options)
+        except ValueError as error:
+            response.message = str(error)
+            return response
+        self._begin(episode)
+        response.success = True
+        response.instruction, response.time_limit = episode.instruction, episode.time_limit
+        return response
+
+    def _begin(self, episode: Episode) -> None:
+        self._began = self.world.time
+        self._instruction.publish(String(data=episode.instruction))
+        self._publish_event(EpisodeEvent.RESET, self.world.outcome())
+
+    def _publish_event(self, event: int, outcome: Outcome) -> None:
+        episode = self.world.episode
+        message = EpisodeEvent(
+            event=event,
+            task=episode.task,
+            seed=episode.seed,
+            instruction=episode.instruction,
+            detail=outcome.detail,
+            reward=outcome.reward,
+        )
+        message.header.stamp = self._stamp(self.world.time)
+        message.header.frame_id = self.world.robot.base_frame
+        self._events.publish(message)
+
+    def _diagnose(self) -> None:
+        factor = self._pacer.factor()
+        status = DiagnosticStatus(level=DiagnosticStatus.OK, name=self.get_name(), hardware_id="mujoco")
+        status.message = f"real-time factor {factor:.2f}"
+        status.values = [
+            KeyValue(key="real_time_factor", value=f"{factor:.3f}"),
+            KeyValue(key="pictures_skipped", value=str(self._cameras.skipped)),
+        ]
+        message = DiagnosticArray(status=[status])
+        message.header.stamp = self._stamp(self.world.time)
+        self._diagnostics.publish(message)
+
+    @staticmethod
+    def _stamp(time: float) -> Time:
+        sec, nanosec = to_msg(time)
+        return Time(sec=sec, nanosec=nanosec)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the executable."""
+    rclpy.init(args=args)
+    try:
+        MujocoNode().run()
+    except ValueError as error:
+        print(f"mujoco_node: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        rclpy.try_shutdown()
+
+
+if __name__ == "__main__":
+    main()
