@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from vla_core.time import seconds
-from vla_execution.chunk import Chunk, ChunkRefused
+from vla_execution.chunk import Chunk, ChunkRefused, resampled
 from vla_models.policy import ArmState, InferenceRequest, PolicyObservation, PolicySpec
 from vla_msgs.msg import ActionTrajectory, ChunkRequest, Observation
 
@@ -72,13 +72,8 @@ def inference_request(message: ChunkRequest | None, spec: PolicySpec, observed: 
         return InferenceRequest(seed=seed)
     remainder = None
     if message.remainder.horizon and message.guidance:
-        plan = trajectory_chunk(message.remainder)
-        due = observed + spec.period * np.arange(spec.horizon)
-        covered = due[(due >= plan.start - 1e-9) & (due <= plan.end + 1e-9)]
-        # The remainder begins with the action being executed, a little after the observation; hold it backwards.
-        early = due[due < plan.start - 1e-9]
-        times = np.concatenate([np.full(len(early), plan.start), covered])
-        remainder = np.stack([plan.at(t) for t in times]) if len(times) else None
+        sampled = resampled(trajectory_chunk(message.remainder), observed, spec.period, spec.horizon)
+        remainder = sampled if len(sampled) else None
     return InferenceRequest(
         remainder=remainder,
         delay=int(message.delay),
