@@ -22,6 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcap.writer import CompressionType, Writer
@@ -82,7 +83,7 @@ class BagWriter:
         self.counts: dict[str, int] = {}
         self.lost: dict[str, int] = {}
         self._qos = dict(qos or {})
-        self._topics: dict[str, tuple[str, int]] = {}  # topic -> (type name, channel)
+        self._topics: dict[str, _Topic] = {}
         self._schemas: dict[str, int] = {}
         self._lost_written: dict[str, int] = {}
         self._start: int | None = None
@@ -138,32 +139,40 @@ class BagWriter:
         """
         self._check()
         time_ns = stamp_ns if log_time is None else log_time
-        channel = self.add_topic(topic, type_name)
+        self.add_topic(topic, type_name)
+        channel = self._topics[topic].channel
         self._writer.add_message(channel, time_ns, data, stamp_ns, sequence & 0xFFFFFFFF)
         self.counts[topic] += 1
         self._start = time_ns if self._start is None else min(self._start, time_ns)
         self._end = max(self._end, time_ns)
         self.poll()
 
-    def add_topic(self, topic: str, type_name: str) -> int:
-        """Declare a topic (its first message does it too); returns the number of its MCAP channel."""
+    def add_topic(
+        self,
+        topic: str,
+        type_name: str,
+        definition: str | None = None,
+        type_hash: str | None = None,
+        qos: Qos | None = None,
+    ) -> None:
+        """Declare a topic, as its first message does too; the installed packages give what is not given."""
         if topic in self._topics:
-            known, channel = self._topics[topic]
+            known = self._topics[topic].type
             if known != type_name:
                 raise BagError(f"bag {self.folder}: topic {topic}: expected type {known}, found {type_name}")
-            return channel
+            return
         self._check()
+        if definition is None:
+            definition = interfaces.definition(type_name)
+        if type_hash is None:
+            type_hash = interfaces.type_hash(type_name)
+        qos = qos or self._qos.get(topic, Qos())
         if type_name not in self._schemas:
-            text = interfaces.definition(type_name).encode()
-            self._schemas[type_name] = self._writer.register_schema(type_name, "ros2msg", text)
-        metadata = {
-            "offered_qos_profiles": qos_text(self._qos.get(topic, Qos())),
-            "topic_type_hash": interfaces.type_hash(type_name),
-        }
+            self._schemas[type_name] = self._writer.register_schema(type_name, "ros2msg", definition.encode())
+        metadata = {"offered_qos_profiles": qos_text(qos), "topic_type_hash": type_hash}
         channel = self._writer.register_channel(topic, "cdr", self._schemas[type_name], metadata)
-        self._topics[topic] = (type_name, channel)
+        self._topics[topic] = _Topic(type_name, type_hash, qos, channel)
         self.counts[topic] = 0
-        return channel
 
     def poll(self) -> None:
         """Flush and sync when it is time; to be called now and then while no messages come.
@@ -237,12 +246,20 @@ class BagWriter:
 
     def _metadata(self) -> BagMetadata:
         topics = [
-            TopicEntry(name, kind, interfaces.type_hash(kind), self._qos.get(name, Qos()), self.counts[name])
-            for name, (kind, _) in self._topics.items()
+            TopicEntry(name, topic.type, topic.hash, topic.qos, self.counts[name])
+            for name, topic in self._topics.items()
         ]
         custom = _texts(self.facts)
         custom |= {"received": json.dumps(self.counts), "lost": json.dumps(self._all_lost())}
         return BagMetadata(self.path.name, self._start or 0, self._end, topics, custom)
+
+
+@dataclass(frozen=True)
+class _Topic:
+    type: str
+    hash: str
+    qos: Qos
+    channel: int
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:
