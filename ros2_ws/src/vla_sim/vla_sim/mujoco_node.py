@@ -7,13 +7,9 @@ period; another draws the cameras' pictures. Nothing arrives from the controller
 from __future__ import annotations
 
 import sys
-from array import array
-
 import numpy as np
 import rclpy
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import TransformStamped
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
@@ -22,12 +18,12 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
-from vla_core import se3
 from vla_core.robot import load_robot
-from vla_core.time import to_msg
+from vla_core.time import seconds
 from vla_msgs.msg import EpisodeEvent
 from vla_msgs.srv import ResetWorld
 
+from vla_sim import messages
 from vla_sim.camera_thread import CameraThread
 from vla_sim.pacing import Pacer
 from vla_sim.world import Episode, Outcome, World, make_world
@@ -89,15 +85,13 @@ class MujocoNode(Node):
     def _tick(self) -> None:
         before = self.world.outcome()
         self.world.step()
-        stamp = self._stamp(self.world.time)
-        names, position, velocity = self.world.joint_state()
-        message = JointState(name=list(names), position=position.tolist(), velocity=velocity.tolist())
-        message.header.stamp = stamp
-        self._joint_states.publish(message)
-        self._tf.publish(TFMessage(transforms=[self._tool_transform(arm, stamp) for arm in self.world.robot.arms]))
-        self._clock_topic.publish(ClockMessage(clock=stamp))
+        now = self.world.time
+        self._joint_states.publish(messages.joint_state(now, *self.world.joint_state()))
+        arms = self.world.robot.arms
+        self._tf.publish(TFMessage(transforms=[messages.tool_transform(self.world, arm, now) for arm in arms]))
+        self._clock_topic.publish(ClockMessage(clock=messages.stamp(now)))
         for camera in self.world.robot.cameras:
-            if self.world.time >= self._due[camera.name] - 1e-9:
+            if now >= self._due[camera.name] - 1e-9:
                 self._due[camera.name] += 1.0 / camera.rate
                 self._cameras.take(camera.name)
         outcome = self.world.outcome()
@@ -106,42 +100,22 @@ class MujocoNode(Node):
             if self._reset_on_end:
                 self._begin(self.world.reset(None, self.world.episode.seed + 1))
 
-    def _tool_transform(self, arm, stamp) -> TransformStamped:
-        message = TransformStamped(child_frame_id=arm.tool.frame)
-        message.header.stamp, message.header.frame_id = stamp, self.world.robot.base_frame
-        pose = se3.matrix_to_pose(self.world.tool_pose(arm.name)).tolist()
-        translation, rotation = message.transform.translation, message.transform.rotation
-        translation.x, translation.y, translation.z, rotation.x, rotation.y, rotation.z, rotation.w = pose
-        return message
-
     def _publish_picture(self, camera: str, time: float, picture: np.ndarray) -> None:
         """In the cameras' thread."""
-        if not self.context.ok():
-            return
-        height, width, _ = picture.shape
-        image = Image(height=height, width=width, encoding="rgb8", step=3 * width)
-        image.data = array("B", picture.tobytes())
-        image.header.stamp = self._stamp(time)
-        image.header.frame_id = self.world.robot.camera(camera).frame
-        K = self.world.intrinsics(camera)
-        info = CameraInfo(header=image.header, height=height, width=width, distortion_model="plumb_bob")
-        info.d, info.k, info.r = [0.0] * 5, K.ravel().tolist(), np.eye(3).ravel().tolist()
-        info.p = np.hstack([K, np.zeros((3, 1))]).ravel().tolist()
-        self._images[camera].publish(image)
-        self._infos[camera].publish(info)
+        if self.context.ok():
+            image = messages.image(self.world, camera, time, picture)
+            self._images[camera].publish(image)
+            self._infos[camera].publish(messages.camera_info(self.world, camera, image))
 
     # ----------------------------------------------------------------------------------------------- callbacks
 
     def _on_targets(self, message: JointState) -> None:
-        stamp = message.header.stamp.sec + message.header.stamp.nanosec * 1e-9
-        if 0.0 < stamp < self._began - 1e-9:
+        if 0.0 < seconds(message.header.stamp) < self._began - 1e-9:
             return  # meant for the episode before
         try:
-            if len(message.name) != len(message.position):
-                raise ValueError(f"expected {len(message.name)} positions, found {len(message.position)}")
-            self.world.set_targets(dict(zip(message.name, message.position, strict=True)))
+            self.world.set_targets(messages.targets(message))
         except ValueError as error:
-            self.get_logger().error(f"joint targets refused: {error}", throttle_duration_sec=1.0)
+            self.get_logger().error(f"refused: {error}", throttle_duration_sec=1.0)
 
     def _on_reset(self, request: ResetWorld.Request, response: ResetWorld.Response) -> ResetWorld.Response:
         try:
@@ -166,18 +140,7 @@ class MujocoNode(Node):
         self._publish_event(EpisodeEvent.RESET, self.world.outcome())
 
     def _publish_event(self, event: int, outcome: Outcome) -> None:
-        episode = self.world.episode
-        message = EpisodeEvent(
-            event=event,
-            task=episode.task,
-            seed=episode.seed,
-            instruction=episode.instruction,
-            detail=outcome.detail,
-            reward=outcome.reward,
-        )
-        message.header.stamp = self._stamp(self.world.time)
-        message.header.frame_id = self.world.robot.base_frame
-        self._events.publish(message)
+        self._events.publish(messages.episode_event(self.world, event, outcome))
 
     def _diagnose(self) -> None:
         factor = self._pacer.factor()
@@ -188,13 +151,8 @@ class MujocoNode(Node):
             KeyValue(key="pictures_skipped", value=str(self._cameras.skipped)),
         ]
         message = DiagnosticArray(status=[status])
-        message.header.stamp = self._stamp(self.world.time)
+        message.header.stamp = messages.stamp(self.world.time)
         self._diagnostics.publish(message)
-
-    @staticmethod
-    def _stamp(time: float) -> Time:
-        sec, nanosec = to_msg(time)
-        return Time(sec=sec, nanosec=nanosec)
 
 
 def main(args: list[str] | None = None) -> None:

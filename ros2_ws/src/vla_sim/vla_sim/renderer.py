@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import mujoco
 import numpy as np
@@ -46,6 +47,8 @@ class Renderer:
         self._gl.make_current()
         self._context = mujoco.MjrContext(_coarsened(model), mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        # Runs at exit too, while OpenGL is still there to free.
+        self._free = weakref.finalize(self, _free, self._context, self._gl)
 
     def draw(self, shot: Shot, width: int, height: int) -> np.ndarray:
         """(height, width, 3) uint8 RGB picture."""
@@ -60,8 +63,14 @@ class Renderer:
         return np.ascontiguousarray(picture[::-1])
 
     def close(self) -> None:
-        self._context.free()
-        self._gl.free()
+        """Free the context; the renderer cannot be used afterwards."""
+        self._free()
+
+
+def _free(context: mujoco.MjrContext, gl: mujoco.GLContext) -> None:
+    gl.make_current()
+    context.free()
+    gl.free()
 
 
 def _coarsened(model: mujoco.MjModel) -> mujoco.MjModel:

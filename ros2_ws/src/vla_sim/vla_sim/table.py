@@ -288,7 +288,8 @@ class _Settings:
         _keys(section["area"], ("lower", "upper"), f"{where}.area")
         area = tuple(_vector(section["area"][k], 2, f"{where}.area.{k}") for k in ("lower", "upper"))
         if not (area[0] < area[1]).all() or (area[1] - area[0]).min() < 2 * SEPARATION:
-            raise WorldError(f"{where}.area: expected at least {2 * SEPARATION} m on each side, found {section['area']}")
+            least = 2 * SEPARATION
+            raise WorldError(f"{where}.area: expected at least {least} m on each side, found {section['area']}")
         cameras = {}
         _keys(section["cameras"], [c.name for c in robot.cameras], f"{where}.cameras")
         for name, camera in section["cameras"].items():
@@ -371,7 +372,7 @@ def _dress_arm(spec: mujoco.MjSpec, robot: Robot) -> None:
         effort = float(joint.actfrcrange[1]) or 50.0
         # A position servo that gives its full effort at 0.02 rad of error (a finger: at 0.1 m), critically damped.
         stiffness = effort / 0.1 if name in fingers else effort / 0.02
-        joint.armature = 0.1 if name in fingers else 0.1
+        joint.armature = 0.1
         actuator = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
         actuator.gaintype, actuator.biastype = mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtBias.mjBIAS_AFFINE
         actuator.gainprm[0] = stiffness
