@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vla_models import policy_class
+from vla_models.checkpoint import WEIGHTS_FILE, read_checkpoint, read_tensors
 from vla_models.normalization import Normalizer
-from vla_models.policy import ModelInputs, Policy, PolicyError, PolicySpec
+from vla_models.policy import CheckpointError, ModelInputs, Policy, PolicyError, PolicySpec
 
 
 class Batch(NamedTuple):
@@ -66,3 +69,29 @@ def make_config(kind: type, values: Mapping[str, Any]) -> Any:
     if unknown := set(values) - names:
         raise PolicyError(f"{kind.__name__}: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def load_torch(path: str | os.PathLike, provider: str = "cpu", threads: int = 0, steps: int | None = None
+               ) -> TorchPolicy:
+    """The policy of a checkpoint folder on torch. Raises CheckpointError."""
+    checkpoint = read_checkpoint(path)
+    if provider not in ("cpu", "cuda"):
+        raise PolicyError(f"provider: torch runs on 'cpu' or 'cuda', found {provider!r}")
+    if provider == "cuda" and not torch.cuda.is_available():
+        raise PolicyError("provider: 'cuda' was asked for, but torch finds no CUDA device")
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        policy = policy_class(checkpoint.spec.recipe)(
+            checkpoint.spec, checkpoint.normalizers, checkpoint.config, provider, steps)
+    except (PolicyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    load_weights(policy.network, checkpoint.folder / WEIGHTS_FILE)
+    return policy
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike, finite: bool = True) -> None:
+    """Fill `network` from a safetensors file that must hold exactly its tensors. Raises CheckpointError."""
+    state = network.state_dict()
+    tensors = read_tensors(path, {name: tuple(value.shape) for name, value in state.items()}, finite)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
