@@ -5,13 +5,10 @@ import math
 import numpy as np
 import pinocchio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from vla_core import se3
-
-settings.register_profile("core", max_examples=50, deadline=None, derandomize=True)
-settings.load_profile("core")
 
 #: Angles where naive formulas lose digits, and all between.
 angles = st.one_of(

@@ -43,7 +43,7 @@ def test_a_value_is_given_back_exactly_at_its_stamp():
         assert timeline.sample(0.5 * i).tolist() == [i, -2 * i]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(st.integers(1, 7), st.lists(st.floats(0.01, 3.0), min_size=1, max_size=40), st.data())
 def test_the_ring_keeps_the_newest_and_reads_as_numpy_does(capacity, gaps, data):
     stamps = np.cumsum(gaps)

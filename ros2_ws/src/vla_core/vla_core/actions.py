@@ -181,7 +181,7 @@ class ActionSpace:
             try:
                 target[..., :-1] = decode(action[..., :-1], start[..., None, :-1])
             except se3.RotationError as error:
-                raise ActionSpaceError(f"actions of arm {arm!r}: {error}") from error
+                raise ActionSpaceError(f"actions or anchor of arm {arm!r}: {error}") from error
         return targets
 
     def encode(self, targets: ArrayLike, anchor: ArrayLike) -> np.ndarray:
@@ -204,7 +204,7 @@ class ActionSpace:
             try:
                 action[..., :-1] = encode(target[..., :-1], start[..., None, :-1])
             except se3.RotationError as error:
-                raise ActionSpaceError(f"targets of arm {arm!r}: {error}") from error
+                raise ActionSpaceError(f"targets or anchor of arm {arm!r}: {error}") from error
         return actions
 
     def _decode_joints(self, action: np.ndarray, start: np.ndarray) -> np.ndarray:

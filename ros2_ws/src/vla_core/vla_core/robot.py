@@ -171,7 +171,7 @@ def load_robot(name_or_path: str | os.PathLike) -> Robot:
     """
     path = find_description(name_or_path, "robots", SEARCH_PATH_VARIABLE)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _StrictLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise RobotError(f"{path}: not valid YAML: {error}") from error
     return _read_robot(_Node(tree, str(path), ""), path)
@@ -222,6 +222,19 @@ def transform(xyz: np.ndarray, rpy: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice in one mapping is an error (PyYAML takes the last one)."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
 
 
 class _Node:
@@ -319,11 +332,12 @@ def _read_robot(root: _Node, path: Path) -> Robot:
     rates_node.close()
     arms = tuple(_read_arm(name, node) for name, node in root.get("arms").items())
     joints = [j for arm in arms for j in arm.joints]
+    joints += [j.name for arm in arms if arm.gripper for j in arm.gripper.joints]
     doubled = sorted({j for j in joints if joints.count(j) > 1})
     if doubled:
-        raise root.get("arms").fail("every joint in one arm only", doubled)
+        raise root.get("arms").fail("every joint in one arm or gripper only", doubled)
     cameras_node = root.get("cameras")
-    cameras = tuple(_read_camera(n, c, path) for n, c in cameras_node.items()) if cameras_node.value else ()
+    cameras = tuple(_read_camera(n, c, path) for n, c in cameras_node.items()) if cameras_node.mapping() else ()
     simulation = root.get("simulation", None)
     robot = Robot(
         name=root.get("name").text(),
