@@ -13,14 +13,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention over (B, heads, T, d); heads joined again: (B, T, heads*d)."""
-    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention over (B, heads, T, d); heads joined again: (B, T, heads*d).
+
+    mask: (B, T) bool, keys to leave out.
+    """
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(mask[:, None, None], -1e9)
+    return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections. Positions may be added to queries and keys alone (DETR, ACT)."""
+    """Multi-head attention with its projections. `mask` (B, T) bool marks keys to leave out."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -30,14 +35,15 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (split_heads(f(x), self.heads)
                    for f, x in ((self.query, query), (self.key, key), (self.value, value)))
-        return self.out(attend(q, k, v))
+        return self.out(attend(q, k, v, mask))
 
 
 def sinusoids(positions: Tensor, width: int, longest: float) -> Tensor:
-    """Sine and cosine features of `positions` (...) -> (..., width); wavelengths up to `longest`."""
+    """Sine and cosine features of `positions` (...) -> (..., width); wavelengths 1 to
+    `longest`."""
     steps = torch.arange(width // 2, device=positions.device, dtype=torch.float32) / max(width // 2 - 1, 1)
     angles = positions.unsqueeze(-1) * (2 * math.pi * longest ** (-steps))
     return torch.cat([angles.sin(), angles.cos()], -1)

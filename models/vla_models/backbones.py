@@ -90,3 +90,42 @@ class SpatialSoftmax(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         heat = self.heat(features).flatten(2) * self.sharpness
         return torch.softmax(heat, -1) @ self.grid
+
+
+class ResidualBlock(nn.Module):
+    """ResNet's basic block with group instead of batch normalisation, so that training and use do not differ."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.skip = nn.Identity() if stride == 1 and channels_in == channels else nn.Conv2d(
+            channels_in, channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.relu(self.norm1(self.conv1(x)))
+        return nn.functional.relu(self.skip(x) + self.norm2(self.conv2(h)))
+
+
+class SmallResNet(nn.Module):
+    """(B, 3, h, w) in [0, 1] -> (B, channels[-1], h/s, w/s), s = 4 * 2**(len(channels) - 1).
+
+    ResNet (He et al., arXiv 1512.03385) with a stem of stride 4, `blocks` basic blocks a stage, the first of each
+    stage but the first with stride 2.
+    """
+
+    def __init__(self, channels: tuple[int, ...], blocks: int):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels[0], 8, stride=4, padding=2, bias=False)
+        self.norm = nn.GroupNorm(8, channels[0])
+        stages, before = [], channels[0]
+        for i, width in enumerate(channels):
+            for j in range(blocks):
+                stages.append(ResidualBlock(before, width, 2 if i > 0 and j == 0 else 1))
+                before = width
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.stages(nn.functional.relu(self.norm(self.stem((image - 0.5) * 4.0))))
