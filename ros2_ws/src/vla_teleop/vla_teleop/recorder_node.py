@@ -38,6 +38,7 @@ from vla_teleop.running import run_node
 # Deep enough for the executor to be away for a second (closing a bag) without losing a message.
 _DEPTH = 500
 _IMAGE_DEPTH = 60
+DEFAULT_FOLDER = "~/vla_bags"
 # Each event handler costs the executor time at every message (17 of them a tenth of a core at 600 messages/s).
 _NO_EVENTS = SubscriptionEventCallbacks(use_default_callbacks=False)
 _OUTCOMES = {
@@ -53,7 +54,7 @@ class RecorderNode(Node):
     def __init__(self) -> None:
         super().__init__("recorder")
         self._robot = load_robot(self.declare_parameter("robot", "panda").value)
-        folder = Path(self.declare_parameter("folder", "~/vla_bags").value).expanduser()
+        folder = Path(self.declare_parameter("folder", "").value or DEFAULT_FOLDER).expanduser()
         compression = self.declare_parameter("compression", "zstd").value
         images = self.declare_parameter("record_images", "raw").value
         max_queue = int(self.declare_parameter("max_queue_mb", 256).value)

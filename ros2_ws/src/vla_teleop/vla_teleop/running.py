@@ -1,4 +1,4 @@
-"""Runs a node until SIGINT or SIGTERM, with the ROS context alive to the end so that it can say goodbye."""
+"""Runs a node until a signal or its own end; the ROS context lives until the node has said goodbye."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rclpy.signals import SignalHandlerOptions
 
 
 def run_node(make: Callable[[], Node], args: list[str] | None = None) -> None:
-    """Make the node and spin it; after a signal call its `finish` and leave quietly."""
+    """Make the node and spin it until a signal or until it sets `done`; then call its `finish`."""
     stopped = False
 
     def stop(*_: object) -> None:
@@ -26,7 +26,7 @@ def run_node(make: Callable[[], Node], args: list[str] | None = None) -> None:
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
-        while not stopped:
+        while not stopped and not getattr(node, "done", False):
             executor.spin_once(timeout_sec=0.1)
     finally:
         node.finish()
