@@ -1,24 +1,24 @@
 from setuptools import find_packages, setup
 
-package = 'vla_control'
+package = "vla_control"
 
 setup(
     name=package,
-    version='0.1.0',
-    packages=find_packages(exclude=['test']),
+    version="0.1.0",
+    packages=find_packages(exclude=["test"]),
     data_files=[
-        ('share/ament_index/resource_index/packages', ['resource/' + package]),
-        ('share/' + package, ['package.xml']),
+        ("share/ament_index/resource_index/packages", ["resource/" + package]),
+        ("share/" + package, ["package.xml"]),
     ],
-    install_requires=['setuptools'],
+    install_requires=["setuptools"],
     zip_safe=True,
-    maintainer='The VLA stack developers',
-    maintainer_email='dev@example.com',
-    description='The safety controller and the arm drivers',
-    license='Apache-2.0',
+    maintainer="The VLA stack developers",
+    maintainer_email="dev@example.com",
+    description="The safety controller and the arm drivers",
+    license="Apache-2.0",
     entry_points={
-        'console_scripts': [
-            'safety_controller_node = vla_control.safety_controller_node:main',
+        "console_scripts": [
+            "safety_controller_node = vla_control.safety_controller_node:main",
         ],
     },
 )

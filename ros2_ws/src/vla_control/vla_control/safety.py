@@ -131,6 +131,10 @@ class SafetyController:
     def reason(self) -> str:
         return self._reason
 
+    def target(self, arm: str) -> JointTarget:
+        """The joint target of `arm` as commanded now, whether or not it is sent."""
+        return self._arms[arm].target()
+
     def arm(self, measured: Measured) -> None:
         """Be ready to follow commands from where the arms are now: goal and command become the measured state.
 
@@ -343,7 +347,9 @@ class _ArmMotion:
         for part, speed, unit in ((command.delta[:3], tool.speed, "m"), (command.delta[3:], tool.rotation, "rad")):
             length = float(np.linalg.norm(part))
             if length > reach * speed:
-                raise CommandRefused("jump", f"arm {name}: {length:.4f} {unit} in {period} s, at most {reach * speed:.4f}")
+                raise CommandRefused(
+                    "jump", f"arm {name}: {length:.4f} {unit} in {period} s, at most {reach * speed:.4f}"
+                )
 
     def take(self, command: ArmCommand, period: float, now: float) -> None:
         """Move the goal; the set-point goes there evenly within `period`."""
@@ -383,7 +389,10 @@ class _ArmMotion:
             if velocity is None:
                 names.append("unsolved")
                 velocity = np.clip(0.0, lower, upper)
-        names += [LIMIT_NAMES[k] for k in sorted({*upper_by[velocity >= upper - _ACTIVE], *lower_by[velocity <= lower + _ACTIVE]})]
+        names += [
+            LIMIT_NAMES[k]
+            for k in sorted({*upper_by[velocity >= upper - _ACTIVE], *lower_by[velocity <= lower + _ACTIVE]})
+        ]
         self._advance(velocity)
         if self._joint_goal is None:
             names += self._limit_lead()
