@@ -149,6 +149,21 @@ def test_a_bad_value_is_named_with_its_path(tree, load, path, value):
         load(place(tree, path, value))
 
 
+@pytest.mark.parametrize("path", ["model.file", "cameras.scene.calibration"])
+def test_a_file_of_a_package_that_is_not_there_is_named_with_its_path(tree, load, path):
+    with pytest.raises(
+        RobotError, match=f"robot.yaml: {path}: package://absent/x: expected a file of package 'absent'"
+    ):
+        load(place(tree, path, "package://absent/x"))
+
+
+@pytest.mark.parametrize("folder", ["../calibration", "package://vla_calibration"])
+def test_a_calibration_may_be_made_later(tree, load, folder):
+    robot = load(place(tree, "cameras.scene.calibration", f"{folder}/new/scene.yaml"))
+    assert robot.camera("scene").calibration.parts[-2:] == ("new", "scene.yaml")
+    assert not robot.camera("scene").calibration.exists()
+
+
 def test_lower_limits_must_lie_below_the_upper_ones(tree, load):
     tree["arms"]["arm"]["limits"]["lower"][2] = 3.0
     with pytest.raises(RobotError, match="arms.arm.limits: expected lower below upper for every joint"):
@@ -217,11 +232,12 @@ def test_robots_are_found_by_name_from_any_folder(tmp_path, workspace):
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     if workspace == "not sourced":
         environment.pop("AMENT_PREFIX_PATH", None)
-    code = "from vla_core.robot import load_robot; print([load_robot(n).name for n in ('panda', 'aloha')])"
+    code = "from vla_core.robot import load_robot; robots = [load_robot(n) for n in ('panda', 'aloha')]; "
+    code += "print([r.name for r in robots], all(c.calibration.is_file() for r in robots for c in r.cameras))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert found.stdout.strip() == "['panda', 'aloha']", found.stderr
+    assert found.stdout.strip() == "['panda', 'aloha'] True", found.stderr
 
 
 # ------------------------------------------------------------------------------------------------- shipped robots

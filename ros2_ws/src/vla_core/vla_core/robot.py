@@ -193,8 +193,15 @@ def find_description(name_or_path: str | os.PathLike, folder: str, variable: str
     raise RobotError(f"{folder[:-1]} {str(given)!r}: expected a YAML file or one of {known}, found neither")
 
 
-def resolve_uri(uri: str, relative_to: Path | None = None) -> Path:
-    """Path of `package://NAME/REST` (a ROS package, else an installed Python distribution), or of a plain path."""
+def resolve_uri(uri: str, relative_to: Path | None = None, must_exist: bool = True) -> Path:
+    """Path of `package://NAME/REST` (a ROS package, else an installed Python distribution), or of a plain path.
+
+    A file of a package must be there, unless `must_exist` is False: then the package only, and the path is where the
+    file belongs (in the source tree, where there is one).
+
+    Raises:
+        RobotError: no package of that name, or none with that file.
+    """
     if not uri.startswith("package://"):
         path = Path(uri).expanduser()
         return path if path.is_absolute() or relative_to is None else relative_to / path
@@ -207,9 +214,13 @@ def resolve_uri(uri: str, relative_to: Path | None = None) -> Path:
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found and found.submodule_search_locations:
         candidates += [Path(p) for p in found.submodule_search_locations]
+    candidates.append(Path(__file__).resolve().parents[2] / package)  # the source tree: packages side by side
     for folder in candidates:
         if (folder / rest).exists():
             return folder / rest
+    folders = [folder for folder in candidates if folder.is_dir()]
+    if folders and not must_exist:
+        return folders[-1] / rest
     raise RobotError(f"{uri}: expected a file of package {package!r}, found neither a ROS nor a Python package with it")
 
 
@@ -275,6 +286,12 @@ class _Node:
             raise self.fail("a non-empty string")
         return self.value
 
+    def location(self, relative_to: Path, must_exist: bool = True) -> Path:
+        try:
+            return resolve_uri(self.text(), relative_to, must_exist).resolve()
+        except RobotError as error:
+            raise RobotError(f"{self.file}: {self.path}: {error}") from None
+
     def positive(self) -> float:
         number = self.number()
         if number <= 0:
@@ -321,8 +338,7 @@ class _Node:
 
 def _read_robot(root: _Node, path: Path) -> Robot:
     mount = root.get("model")
-    model_uri = mount.get("file").text()
-    model = resolve_uri(model_uri, path.parent)
+    model = mount.get("file").location(path.parent)
     if not model.is_file():
         raise mount.get("file").fail("an existing URDF or MJCF file")
     T_base_model = _pose(mount)
@@ -411,7 +427,7 @@ def _read_camera(name: str, node: _Node, path: Path) -> Camera:
         rate=node.get("rate").positive(),
         frame=f"{name}_optical_frame",
         driver=node.get("driver").mapping(),
-        calibration=resolve_uri(calibration.text(), path.parent) if calibration else None,
+        calibration=calibration.location(path.parent, must_exist=False) if calibration else None,
     )
     node.close()
     return camera
