@@ -7,6 +7,7 @@ period; another draws the cameras' pictures. Nothing arrives from the controller
 from __future__ import annotations
 
 import sys
+
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue

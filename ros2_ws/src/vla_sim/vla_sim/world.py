@@ -218,6 +218,9 @@ class World(ABC):
 
     def _advance(self, substeps: int) -> None:
         mujoco.mj_step(self.model, self.data, substeps)
+        # Poses of the state that the step ended in: mj_step leaves those it began with.
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
 
     def _place_robot(self, positions: Mapping[str, float]) -> None:
         """Put joints at positions and let the actuators hold them."""
