@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rosbags.highlevel import AnyReader
+from rosbags.highlevel import AnyReader, AnyReaderError
 from rosbags.typesys import Stores, get_typestore
 
 from vla_teleop.bag_metadata import FILE_NAME
@@ -78,7 +78,7 @@ def messages(folder: str | os.PathLike, topics: Iterable[str] | None = None) -> 
             if not chosen:
                 return
             for connection, log_time, data in reader.messages(chosen):
-                message = reader.deserialize(data, connection.msgtype)
+                message = _message(reader, data, connection.msgtype)
                 yield connection.topic, _stamp(message) or log_time * 1e-9, message
     except (OSError, EOFError) as error:
         raise BagError(f"bag {folder}: expected a finished bag, found {error}") from error
@@ -86,6 +86,21 @@ def messages(folder: str | os.PathLike, topics: Iterable[str] | None = None) -> 
         if type(error).__module__.startswith("rosbags"):
             raise BagError(f"bag {folder}: expected a readable bag, found {error}") from error
         raise
+
+
+def _message(reader: AnyReader, data: bytes, kind: str) -> Any:
+    """A message from its CDR bytes. rmw_serialize rounds sizes up, so some bytes may follow the last field."""
+    try:
+        return reader.deserialize(data, kind)
+    except AnyReaderError as error:
+        if "size mismatch" not in str(error):
+            raise
+        definition = reader.typestore.get_msgdef(kind)
+        read = definition.deserialize_cdr_le if data[1] else definition.deserialize_cdr_be
+        message, end = read(data[4:], 0, definition.cls, reader.typestore)
+        if end + 4 + 8 < len(data):
+            raise
+        return message
 
 
 def _stamp(message: Any) -> float:
