@@ -244,10 +244,10 @@ def _urdf_for_mujoco(path: Path, geometry: bool) -> str:
     root = ElementTree.parse(path).getroot()
     for link in root.iter("link"):
         for kind in ("visual", "collision"):
-            for element in link.findall(kind):
+            for number, element in enumerate(link.findall(kind)):
                 if kind == "visual" or not geometry:
                     link.remove(element)
-                element.attrib.pop("name", None)
+                element.set("name", f"{link.get('name')}_{number}")  # MuJoCo warns of names that are not unique
     for mesh in root.iter("mesh"):
         file = resolve_uri(mesh.get("filename", ""), path.parent)
         if not file.is_file():
