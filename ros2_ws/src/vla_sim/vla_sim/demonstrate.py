@@ -22,6 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
+#: A demonstration goes on this long after its success, s, so that its last actions are seen through.
+TAIL = 0.5
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -84,11 +87,16 @@ def demonstrate(world, seed: int, settings: Settings) -> Result:
     try:
         writer = EpisodeWriter(bag, world)
         writer.begin()
-        for period in rollout(world, expert.target, expert.kind, cameras, settings.camera_rate, disturbance):
+        announced = False
+        for period in rollout(
+            world, expert.target, expert.kind, cameras, settings.camera_rate, disturbance, tail=TAIL
+        ):
+            if world.outcome().success and not announced:
+                writer.event(EpisodeEvent.SUCCESS)
+                announced = True
             writer.write(period)
         outcome = world.outcome()
         if outcome.success:
-            writer.event(EpisodeEvent.SUCCESS)
             bag.close()
         else:
             bag.discard()

@@ -45,6 +45,7 @@ def rollout(
     camera_rate: float | None = None,
     disturbance: Disturbance | None = None,
     observe: Callable[[float, Mapping[str, np.ndarray]], None] | None = None,
+    tail: float = 0.0,
 ) -> Iterator[Period]:
     """Run the world's episode until it succeeds or fails (its time limit at the latest).
 
@@ -55,6 +56,7 @@ def rollout(
         cameras: to render; each at the robot's rate or at `camera_rate` (Hz).
         disturbance: added to what the arm executes, never to what is commanded.
         observe: called with (time, pictures) before the target is asked for, for a policy that sees.
+        tail: how long to go on after a success, s.
 
     Yields:
         Every control period, before physics goes through it.
@@ -67,7 +69,8 @@ def rollout(
     taken = dict.fromkeys(cameras, 0)
     decision: SafetyDecision | None = None
     sequence = 0
-    while not (world.outcome().success or world.outcome().failed):
+    end = np.inf
+    while not world.outcome().failed and world.time < end - 1e-9:
         now = world.time
         due = [name for name in cameras if now - begin >= taken[name] / rates[name] - 1e-9]
         pictures = {name: world.render(name) for name in due}
@@ -88,6 +91,8 @@ def rollout(
                     targets[joint] += offset
         world.set_targets(targets)
         world.step()
+        if world.outcome().success and end == np.inf:
+            end = world.time + tail
 
 
 def measure(world: World) -> Measured:
