@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vla_core import se3
+from vla_execution.blending import SAME_DECISION, average, choose_opening, cross_fade
+from vla_execution.layout import Layout
+
+POSE = Layout("pose", ("left", "right"), (8, 8))
+JOINT = Layout("joint", ("arm",), (4,))
+openings = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+def pose(rotation, opening):
+    return np.array([*rotation, *se3.matrix_to_quat(se3.exp_so3(rotation)), opening])
+
+
+def test_layout_names_every_number_once():
+    assert POSE.grippers.tolist() == [7, 15]
+    assert POSE.quaternions.tolist() == [[3, 4, 5, 6], [11, 12, 13, 14]]
+    assert POSE.linear.tolist() == [0, 1, 2, 8, 9, 10]
+    assert JOINT.linear.tolist() == [0, 1, 2] and JOINT.grippers.tolist() == [3]
+
+
+@given(openings, st.data())
+def test_an_opening_is_never_averaged_across_a_decision(values, data):
+    weights = data.draw(st.lists(st.floats(0.01, 1), min_size=len(values), max_size=len(values)))
+    found = choose_opening(values, weights)
+    near = [v for v in values if (v >= 0.5) == (found >= 0.5)]
+    assert near and min(near) <= found <= max(near)
+    assert found in values or max(near) - min(near) <= SAME_DECISION
+
+
+def test_the_heavier_side_wins():
+    assert choose_opening([1.0, 0.0, 0.0], [1.0, 1.0, 1.0]) == 0.0
+    assert choose_opening([1.0, 0.0, 0.0], [3.0, 1.0, 1.0]) == 1.0
+
+
+def test_a_tie_goes_to_the_newest():
+    assert choose_opening([1.0, 0.0], [0.5, 0.5]) == 0.0
+
+
+def test_openings_of_one_decision_are_averaged():
+    assert choose_opening([0.8, 1.0], [0.5, 0.5]) == pytest.approx(0.9)
+
+
+def test_openings_far_apart_on_one_side_are_not():
+    assert choose_opening([0.55, 1.0], [0.9, 0.1]) == 1.0
+
+
+@given(st.floats(0, 1))
+def test_cross_fade_moves_evenly_on_se3(u):
+    old = np.concatenate([pose([0.1, 0.0, 0.0], 1.0), pose([0.0, 0.0, 0.0], 0.0)])
+    new = np.concatenate([pose([0.5, 0.0, 0.0], 0.0), pose([0.0, 1.0, 0.0], 0.0)])
+    mixed = cross_fade(POSE, old, new, u)
+    np.testing.assert_allclose(mixed[0], 0.1 + 0.4 * u, atol=1e-12)
+    np.testing.assert_allclose(se3.quat_to_rotvec(mixed[3:7]), [0.1 + 0.4 * u, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(se3.quat_to_rotvec(mixed[11:15]), [0, u, 0], atol=1e-9)
+    assert mixed[7] == (1.0 if u < 0.5 - 1e-9 else mixed[7]) and mixed[7] in (0.0, 1.0)
+
+
+def test_average_of_two_equals_the_cross_fade():
+    old = np.concatenate([pose([0.1, 0.2, 0.0], 1.0), pose([0.0, 0.3, 0.0], 0.0)])
+    new = np.concatenate([pose([0.5, 0.0, 0.1], 0.9), pose([0.4, 1.0, 0.0], 0.1)])
+    np.testing.assert_allclose(
+        np.abs(average(POSE, [old, new], [0.7, 0.3])), np.abs(cross_fade(POSE, old, new, 0.3)), atol=1e-9
+    )
+
+
+def test_joints_are_averaged_linearly():
+    mean = average(JOINT, [[0, 1, 2, 1.0], [2, 3, 4, 1.0]], [0.5, 0.5])
+    np.testing.assert_allclose(mean, [1, 2, 3, 1.0])
