@@ -1,0 +1,101 @@
+"""Training batches from episodes: split, augmentation, normalisation. NumPy only; the order of samples is a function
+of (seed, step), so that a resumed training sees exactly what an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vla_models.episodes import DataError, Episode
+from vla_models.normalization import Normalizer
+from vla_models.policy import PolicySpec
+from vla_models.preprocess import Processor
+from vla_models.tokenizer import Tokenizer
+
+#: Samples used for normaliser statistics, at most.
+STATISTICS = 20_000
+
+
+class Dataset:
+    """Every tick of some episodes as a training sample.
+
+    processor: of the policy, so that samples are prepared as in use. shift: largest random shift of images, pixels of
+    the network's image (Kostrikov et al., arXiv 2004.13649); 0: none.
+    """
+
+    def __init__(self, episodes: Sequence[Episode], processor: Processor, shift: int = 0):
+        if not episodes:
+            raise DataError("dataset: expected at least one episode, found none")
+        self.episodes = list(episodes)
+        self.processor = processor
+        self.shift = shift
+        self._ends = np.cumsum([len(episode) for episode in episodes])
+        self._tokens = np.stack([processor.tokenizer.encode(episode.instruction) for episode in episodes])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def draw(self, size: int, seed: int, step: int) -> dict[str, np.ndarray]:
+        """A random batch, the same for the same (seed, step)."""
+        rng = np.random.default_rng([seed, step])
+        return self.batch(rng.integers(len(self), size=size), rng)
+
+    def batch(self, indices: Sequence[int], rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """Samples as arrays; images are shifted when `rng` is given.
+
+        camera/<name> (B, h, w, 3) uint8; tokens (B, context) int64; state (B, state_dim) and actions (B, H, dim)
+        float32, normalised; padded (B, H) bool.
+        """
+        places = [self._place(int(index)) for index in indices]
+        pick = [(self.episodes[e], t) for e, t in places]
+        out = {
+            f"camera/{name}": np.stack([self._picture(episode.images[name][t], rng) for episode, t in pick])
+            for name in self.processor.spec.cameras
+        }
+        anchor = np.stack([episode.anchor[t] for episode, t in pick])
+        targets = np.stack([episode.targets[t] for episode, t in pick]).astype(np.float64)
+        valid = np.array([episode.valid[t] for episode, t in pick])
+        out["tokens"] = self._tokens[[e for e, _ in places]]
+        out["state"] = self.processor.state.normalize(np.stack([episode.state[t] for episode, t in pick]))
+        out["actions"] = self.processor.actions(targets, anchor)
+        out["padded"] = np.arange(targets.shape[1]) >= valid[:, None]
+        return out
+
+    def _place(self, index: int) -> tuple[int, int]:
+        episode = int(np.searchsorted(self._ends, index, side="right"))
+        return episode, index - int(self._ends[episode] - len(self.episodes[episode]))
+
+    def _picture(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        if rng is None or self.shift == 0:
+            return image
+        (dy, dx), (height, width) = rng.integers(-self.shift, self.shift + 1, 2), image.shape[:2]
+        rows = np.clip(np.arange(height) + dy, 0, height - 1)
+        columns = np.clip(np.arange(width) + dx, 0, width - 1)
+        return image[rows][:, columns]
+
+
+def split(episodes: Sequence[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:
+    """(training, validation) by whole episodes; `share` of them, at least one when there are two, for validation."""
+    if len(episodes) < 2 or share <= 0:
+        return list(episodes), []
+    order = np.random.default_rng([seed, 7]).permutation(len(episodes))
+    held = set(order[: max(1, round(share * len(episodes)))].tolist())
+    return ([e for i, e in enumerate(episodes) if i not in held], [e for i, e in enumerate(episodes) if i in held])
+
+
+def fit_normalizers(episodes: Sequence[Episode], spec: PolicySpec, kinds: Mapping[str, str]) -> dict[str, Normalizer]:
+    """Statistics of states and encoded actions over (at most STATISTICS evenly chosen) ticks of `episodes`."""
+    stride = max(1, sum(map(len, episodes)) // STATISTICS)
+    states = np.concatenate([episode.state[::stride] for episode in episodes])
+    actions = np.concatenate([
+        spec.action_space.encode(np.asarray(episode.targets[::stride], float), episode.anchor[::stride])
+        .reshape(-1, spec.action_dim) for episode in episodes])
+    return {"state": Normalizer.fit(kinds["state"], states), "action": Normalizer.fit(kinds["action"], actions)}
+
+
+def vocabulary(episodes: Sequence[Episode]) -> tuple[str, ...]:
+    """The words of all instructions; empty when they are all the same, since there is nothing to read then."""
+    texts = {episode.instruction for episode in episodes}
+    return Tokenizer.build(texts) if len(texts) > 1 else ()

@@ -1,0 +1,282 @@
+"""Export a policy to plain ONNX: `python -m vla_models.export CHECKPOINT` writes CHECKPOINT/onnx/*.onnx.
+
+A flow policy becomes its encoder and one integration step, which the very sampler of `vla_models.sampling` drives:
+
+    encoder.onnx          image_<camera>..., tokens, state -> context
+    velocity.onnx         context, x, tau (1, 1) -> velocity
+    velocity_guided.onnx  context, x, tau (1, 1), target, weights -> velocity, pull
+    velocity_prefix.onnx  context, x, tau (1, H) -> velocity
+
+`pull` is the guidance of Real-Time Chunking with the true vector-Jacobian product, J^T [W * (Y - x1)]: the backward
+pass of the network is part of the graph, so that guided sampling needs no automatic differentiation at run time.
+A policy that predicts in one pass becomes policy.onnx (image_<camera>..., tokens, state -> actions).
+
+One step instead of the whole unrolled sampler: any number of steps from one graph, a tenth of its size and of the
+time to export, load or build an engine from, for 50 us a step on a CPU. All shapes are static (batch of one), no
+attention mask and no cache is made inside a graph, float32 throughout.
+
+Weights are shipped once: each initialiser is external data that points into model.safetensors (found by its bytes;
+what is computed from the weights at export, and small constants, stay inline). ONNX Runtime refuses paths with ".."
+there, so the location is plain "model.safetensors", and a session is told where that is:
+
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", CHECKPOINT)
+
+Each graph is checked against torch before it is written; one that differs too much is refused, and what an earlier
+export left under its name is removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_models.act_policy import ActPolicy
+from vla_models.checkpoint import WEIGHTS_FILE, write_atomically
+from vla_models.flow_policy import FlowPolicy, velocity_of
+from vla_models.policy import PolicyError
+from vla_models.runtime_onnx import FINGERPRINT_KEY, GRAPHS_FOLDER, Graph, ProviderOptions, graph_names
+from vla_models.safetensors_index import TensorPlace, fingerprint, index_tensors
+from vla_models.sampling import RtcGuidance
+from vla_models.torch_policy import TorchPolicy, load_torch
+
+TOLERANCE = 1e-5
+#: Initialisers below this many bytes that are no weight (shapes, scalars, axes) are folded freely.
+SMALL = 4096
+
+
+class ExportError(ValueError):
+    """A policy that cannot be exported, or whose graph does not compute what torch computes."""
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """One graph to be: `function` takes the tensors of `example` by name and returns one tensor for each output."""
+
+    name: str
+    function: Callable[..., tuple[Tensor, ...]]
+    example: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """What was written. difference: largest |ONNX - torch| relative to max(1, |torch|). size: bytes of the file.
+    shared, inline: bytes of initialisers that lie in model.safetensors and in the file itself."""
+
+    name: str
+    path: Path
+    difference: float
+    size: int
+    shared: int
+    inline: int
+    nodes: int
+
+
+def export_checkpoint(folder: str | os.PathLike, tolerance: float = TOLERANCE,
+                      report: Callable[[ExportedGraph], None] = lambda graph: None) -> list[ExportedGraph]:
+    """Write the graphs of a checkpoint folder, each checked against torch on the CPU.
+
+    Raises CheckpointError for a checkpoint that cannot be loaded, ExportError for a policy of an unknown kind and
+    for a graph that differs from torch by more than `tolerance`; then no graph of that name is left.
+    """
+    folder = Path(folder)
+    policy = load_torch(folder)
+    places = index_tensors(folder / WEIGHTS_FILE)
+    mark = fingerprint(folder / WEIGHTS_FILE)
+    raw = (folder / WEIGHTS_FILE).read_bytes()
+    shared = {raw[place.offset : place.offset + place.length]: (name, place) for name, place in places.items()}
+    done = []
+    for source in graph_sources(policy):
+        path = folder / GRAPHS_FOLDER / f"{source.name}.onnx"
+        data, facts = build_graph(source, shared, mark)
+        difference = compare(source, data, folder)
+        if not difference <= tolerance:
+            path.unlink(missing_ok=True)
+            raise ExportError(f"{path}: refused: differs from torch by {difference:.3g}, expected at most "
+                              f"{tolerance:g}")
+        write_atomically(path, data)
+        done.append(ExportedGraph(source.name, path, difference, len(data), **facts))
+        report(done[-1])
+    return done
+
+
+def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
+    """The graphs of a policy with seeded random examples for their inputs."""
+    spec, network = policy.spec, policy.network
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    cameras = [f"image_{camera}" for camera in spec.cameras]
+    example = {name: torch.rand(1, 3, *size, generator=generator)
+               for name, size in zip(cameras, spec.cameras.values(), strict=True)}
+    words = torch.randint(1, max(len(spec.vocabulary), 2), (1, spec.context), generator=generator)
+    words[:, spec.context // 2 :] = 0
+    example["tokens"] = words if spec.vocabulary else torch.zeros_like(words)
+    example["state"] = normal(1, spec.state_dim)
+    if isinstance(policy, ActPolicy):
+        def whole(**inputs: Tensor) -> tuple[Tensor, ...]:
+            return (network(tuple(inputs[name] for name in cameras), inputs["tokens"], inputs["state"]),)
+
+        return [GraphSource("policy", whole, example, ("actions",))]
+    if not isinstance(policy, FlowPolicy):
+        raise ExportError(f"recipe {spec.recipe!r}: no graphs are known for {type(policy).__name__}; expected a "
+                          f"subclass of FlowPolicy or ActPolicy")
+
+    def encode(**inputs: Tensor) -> tuple[Tensor, ...]:
+        return (network.encode(tuple(inputs[name] for name in cameras), inputs["tokens"], inputs["state"]),)
+
+    def velocity(context: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+        return (velocity_of(network, context)(x, tau),)
+
+    def guided(context: Tensor, x: Tensor, tau: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        return RtcGuidance(target, weights).pull(velocity_of(network, context), x, tau)
+
+    with torch.no_grad():
+        (context,) = encode(**example)
+    step = {"context": context, "x": normal(1, spec.horizon, spec.action_dim), "tau": torch.rand(1, 1)}
+    chunk = {"target": normal(1, spec.horizon, spec.action_dim), "weights": torch.linspace(1, 0, spec.horizon)}
+    times = torch.where(torch.arange(spec.horizon) < spec.horizon // 3, 1.0, step["tau"])
+    sources = [
+        GraphSource("encoder", encode, example, ("context",)),
+        GraphSource("velocity", velocity, step, ("velocity",)),
+        GraphSource("velocity_guided", guided, step | chunk, ("velocity", "pull")),
+        GraphSource("velocity_prefix", velocity, step | {"tau": times}, ("velocity",)),
+    ]
+    wanted = graph_names(spec, one_pass=False)
+    return [source for source in sources if source.name in wanted]
+
+
+def build_graph(source: GraphSource, shared: Mapping[bytes, tuple[str, TensorPlace]], mark: str
+                ) -> tuple[bytes, dict[str, int]]:
+    """Trace, convert and serialise one graph; initialisers whose bytes are in `shared` become external data."""
+    import onnx_ir
+    from onnxscript.optimizer import optimize_ir
+
+    def is_weight(value: onnx_ir.Value | None) -> bool:
+        return (value is not None and value.is_initializer() and value.const_value is not None
+                and value.const_value.tobytes() in shared)
+
+    def may_fold(node: onnx_ir.Node) -> bool | None:
+        # A folded weight (transposed, say) would have to be shipped twice. Runtimes fold when they load.
+        return False if any(is_weight(value) for value in node.inputs) else None
+
+    model = _convert(source)
+    optimize_ir(model, input_size_limit=SMALL, output_size_limit=SMALL, should_fold=may_fold)
+    facts = {"shared": 0, "inline": 0, "nodes": len(model.graph)}
+    for value in list(model.graph.initializers.values()):
+        data = value.const_value.tobytes()
+        if data not in shared:
+            facts["inline"] += len(data)
+            continue
+        name, place = shared[data]
+        facts["shared"] += len(data)
+        if name not in model.graph.initializers:
+            value.name = name
+        value.const_value = onnx_ir.ExternalTensor(
+            location=WEIGHTS_FILE, offset=place.offset, length=place.length, dtype=value.const_value.dtype,
+            shape=value.const_value.shape, name=value.name)
+    for node in model.graph:
+        node.metadata_props.clear()
+    model.producer_name = "vla_models"
+    model.metadata_props[FINGERPRINT_KEY] = mark
+    return onnx_ir.to_proto(model).SerializeToString(), facts
+
+
+def compare(source: GraphSource, data: bytes, folder: Path, trials: int = 3) -> float:
+    """Largest |ONNX - torch| relative to max(1, |torch|) over some random inputs; NaN when anything is not finite."""
+    graph = Graph(data, folder, ProviderOptions(), threads=1)
+    generator = torch.Generator().manual_seed(1)
+    worst = 0.0
+    for trial in range(trials):
+        inputs = {name: _vary(value, generator) if trial else value for name, value in source.example.items()}
+        with torch.no_grad():
+            expected = [value.numpy() for value in source.function(**inputs)]
+        found = graph({name: value.numpy() for name, value in inputs.items()})
+        for a, b in zip(found, expected, strict=True):
+            worst = max(worst, float(np.max(np.abs(a - b)) / max(1.0, float(np.max(np.abs(b))))))
+            if not np.all(np.isfinite(b)) or not np.all(np.isfinite(a)):
+                return float("nan")
+    return worst
+
+
+def _vary(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Other numbers of the same kind: floats shrink at random, indices change places."""
+    if value.is_floating_point():
+        return value * torch.rand(value.shape, generator=generator)
+    return value[:, torch.randperm(value.shape[1], generator=generator)]
+
+
+def _convert(source: GraphSource):
+    """The graph as an onnx_ir.Model, not optimised."""
+    from torch._decomp import decomposition_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # ONNX has no backward operators: write them out in forward ones.
+    backward = {op: way for op, way in decomposition_table.items() if "backward" in str(op)}
+    names = list(source.example)
+    values = tuple(source.example.values())
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
+        traced = make_fx(lambda *inputs: source.function(**dict(zip(names, inputs, strict=True))),
+                         decomposition_table=backward)(*values)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        try:
+            program = torch.onnx.export(traced, values, dynamo=True, verbose=False, optimize=False,
+                                        input_names=names, output_names=list(source.outputs))
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause = error.__cause__ or error
+            raise ExportError(f"{source.name}: cannot be written in ONNX: {str(cause).splitlines()[0]}") from error
+    return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings from the exporter about libraries that are not used."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export one checkpoint folder and print what was written."""
+    parser = argparse.ArgumentParser(prog="vla_models.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
+                        help="largest difference from torch, relative to max(1, |torch|) (default %(default)g)")
+    args = parser.parse_args(argv)
+    print(f"{'graph':<18}{'difference':>12}{'nodes':>8}{'file KiB':>10}{'shared KiB':>12}{'inline KiB':>12}")
+
+    def report(graph: ExportedGraph) -> None:
+        print(f"{graph.name:<18}{graph.difference:>12.2e}{graph.nodes:>8}{graph.size / 1024:>10.0f}"
+              f"{graph.shared / 1024:>12.0f}{graph.inline / 1024:>12.1f}", flush=True)
+
+    try:
+        export_checkpoint(args.checkpoint, args.tolerance, report)
+    except (ExportError, PolicyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
