@@ -33,7 +33,7 @@ def spoiled(spoil, begin=1.0, end=3.0, **config):
     (lambda c: replace(c, observed=c.observed - 9.0), "age of the observation"),
     (lambda c: replace(c, targets=c.targets + [0.3, *[0] * 7]), "distance of the plan from the goal"),
     (lambda c: replace(c, id=1), "request id"),
-    (lambda c: Chunk(0 * c.targets[:, :6], c.start, c.period, "joint", c.arms, id=c.id), "numbers for the arms' joints"),
+    (lambda c: Chunk(0 * c.targets[:, :6], c.start, c.period, "joint", c.arms, id=c.id), "the arms' joints"),
     (lambda c: None, "the policy failed"),
 ])  # fmt: skip
 def test_what_must_not_be_executed_is_refused_and_the_arm_holds(spoil, reason):

@@ -72,7 +72,8 @@ class Chunk:
             row, column = np.argwhere(~np.isfinite(targets))[0]
             raise ChunkRefused(f"actions: expected finite numbers, found {targets[row, column]} in action {row}")
         if not (math.isfinite(self.start) and math.isfinite(self.period) and self.period > 0):
-            raise ChunkRefused(f"due times: expected a finite start and a period > 0, found {self.start}, {self.period}")
+            found = f"{self.start}, {self.period}"
+            raise ChunkRefused(f"due times: expected a finite start and a period > 0, found {found}")
         lengths = np.linalg.norm(targets[:, layout.quaternions], axis=-1, keepdims=True)
         if (np.abs(lengths - 1.0) > UNIT_TOLERANCE).any():
             worst = float(lengths.ravel()[np.argmax(np.abs(lengths - 1.0))])

@@ -311,7 +311,8 @@ class Executor:
             raise ChunkRefused("observation: expected one made after the reset, found one made before it")
         age = now - chunk.observed
         if age > self.config.max_chunk_age:
-            raise ChunkRefused(f"age of the observation: expected at most {self.config.max_chunk_age} s, found {age:.3f}")
+            most = self.config.max_chunk_age
+            raise ChunkRefused(f"age of the observation: expected at most {most} s, found {age:.3f}")
         running = self.strategy.chunk
         if running is not None and chunk.observed < running.observed - ON_TIME:
             raise ChunkRefused(
@@ -320,7 +321,8 @@ class Executor:
             )
         timed = self.strategy.retimed(chunk, now)
         if timed.end < now:
-            raise ChunkRefused(f"due times: expected actions still to come, found the last due {now - timed.end:.3f} s ago")
+            late = now - timed.end
+            raise ChunkRefused(f"due times: expected actions still to come, found the last due {late:.3f} s ago")
         if timed.start > now + FUTURE:
             raise ChunkRefused(f"due times: expected the first about now, found it due in {timed.start - now:.3f} s")
 

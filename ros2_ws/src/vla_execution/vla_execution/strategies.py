@@ -111,11 +111,13 @@ class Strategy:
         steps = min(self.config.execution_horizon, max(chunk.horizon - delay - 1, 1))
         if now < chunk.due(steps) - ON_TIME:
             return None
+        # The action that is being approached when the answer arrives is committed too.
+        committed = min(delay + 1, chunk.horizon)
         return RequestPlan(
             remainder=self._plan.remainder(now) if self.guidance else None,
-            # The action that is being approached when the answer arrives is already committed too.
-            delay=min(delay + 1, chunk.horizon),
-            execution_horizon=min(max(steps, delay), chunk.horizon),
+            delay=committed,
+            # A larger s would end the guidance before the committed actions do.
+            execution_horizon=min(max(steps, delay), chunk.horizon - committed),
             guidance=self.guidance,
             schedule=self.config.schedule,
             beta=self.config.beta,
