@@ -62,3 +62,7 @@ def test_standing_still_fails_at_the_time_limit(world):
 def test_options_are_refused(world):
     with pytest.raises(WorldError, match="options"):
         world.reset(None, 0, {"colour": "red"})
+
+
+def test_the_joint_model_has_no_weld_that_mujoco_3_softens(world):
+    assert world.model.neq == 0

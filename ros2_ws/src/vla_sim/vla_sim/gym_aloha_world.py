@@ -4,14 +4,13 @@ Model, reward code and box positions are gym_aloha's own, so that a success rate
 `reward 4 = success`, as AlohaEnv rules. Differences from AlohaEnv: targets arrive at the robot's control rate
 instead of 50 Hz, and pictures are rendered without shadows, reflections and multisampling.
 
-On MuJoCo 3: gym-aloha was made for MuJoCo 2.3, whose welds were stiffer; the end-effector models (mocap bodies
-welded to the grippers) drop the cube in 7 of 10 scripted episodes unless `eq_solimp` is stiffened. The joint
-model used here carries no equality constraint, so nothing is changed; `_stiffen_welds` states it in code.
+On MuJoCo 3: gym-aloha was made for MuJoCo 2.3, whose welds were stiffer; the package's end-effector models (mocap
+bodies welded to the grippers) then let the cube slip in 7 of 10 scripted episodes unless `eq_solimp` is set to .9, .95.
+The joint-position model used here has no equality constraint at all, so there is nothing to mend and nothing is.
 """
 
 from __future__ import annotations
 
-import mujoco
 import numpy as np
 from dm_control import mujoco as dm_mujoco
 from gym_aloha.constants import START_ARM_POSE
@@ -44,9 +43,7 @@ class GymAlohaWorld(World):
             raise WorldError(f"robot {robot.name}: model.xyz, model.rpy: expected zeros for gym_aloha's fixed scene")
         self._physics = dm_mujoco.Physics.from_xml_path(str(robot.model))
         self._reward = TransferCubeTask()
-        model = self._physics.model.ptr
-        _stiffen_welds(model)
-        super().__init__(robot, model, self._physics.data.ptr, task)
+        super().__init__(robot, self._physics.model.ptr, self._physics.data.ptr, task)
 
     @property
     def box_start(self) -> np.ndarray:
@@ -69,9 +66,3 @@ class GymAlohaWorld(World):
     def _advance(self, substeps: int) -> None:
         # dm_control's own step leaves contacts of the state it ends in, which the reward reads.
         self._physics.step(substeps)
-
-
-def _stiffen_welds(model: mujoco.MjModel) -> None:
-    """Give equality constraints the stiffness they had under MuJoCo 2.3 (see above); a model without has none."""
-    model.eq_solimp[:, 0] = 0.9
-    model.eq_solimp[:, 1] = 0.95
