@@ -27,9 +27,7 @@ def image(number, seed=0, **fields):
 def robot(cameras=("scene", "wrist"), rate=30.0):
     """The Panda with small cameras that have no calibration."""
     panda = load_robot("panda")
-    small = [
-        replace(panda.cameras[0], name=n, width=32, height=24, rate=rate, calibration=None) for n in cameras
-    ]
+    small = [replace(panda.cameras[0], name=n, width=32, height=24, rate=rate, calibration=None) for n in cameras]
     return replace(panda, cameras=tuple(small))
 
 

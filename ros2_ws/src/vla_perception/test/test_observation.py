@@ -47,9 +47,7 @@ def test_mismatch_of_image_and_tool_with_jittering_stamps():
     """3 ms of stamp jitter at 0.25 m/s: tool pose of each image's own stamp against where it was captured."""
     panda = robot(["a", "b", "c", "d"])
     arm = panda.arms[0]
-    tool = CameraCalibration(
-        "a", 32, 24, [[30, 0, 16], [0, 30, 12], [0, 0, 1]], np.zeros(5), "arm_tool", np.eye(4)
-    )
+    tool = CameraCalibration("a", 32, 24, [[30, 0, 16], [0, 30, 12], [0, 0, 1]], np.zeros(5), "arm_tool", np.eye(4))
     calibrations = {c.name: replace(tool, camera=c.name) for c in panda.cameras}
     kinematics = Kinematics(panda)
     # A swing of joint 1 alone: the tool moves at 0.25 m/s.
@@ -103,9 +101,7 @@ def test_asking_more_often_changes_nothing():
     assert times == expected
 
 
-@pytest.mark.parametrize(
-    ("camera_rate", "expected"), [(60.0, 30.0), (45.0, 30.0), (30.0, 30.0), (15.0, 15.0)]
-)
+@pytest.mark.parametrize(("camera_rate", "expected"), [(60.0, 30.0), (45.0, 30.0), (30.0, 30.0), (15.0, 15.0)])
 def test_rate_is_bounded_by_the_robot_and_the_cameras(camera_rate, expected):
     panda = robot(rate=camera_rate)
     samples = feed(ObservationSampler(panda, {}), panda, log(panda, 4.0, jitter=0.001))
@@ -160,12 +156,8 @@ def test_camera_on_another_frame_is_looked_up():
 def test_calibration_of_another_size_is_refused():
     panda = robot(["scene"])
     K = [[30, 0, 16], [0, 30, 12], [0, 0, 1]]
-    with pytest.raises(
-        PerceptionError, match="expected one of 'scene' at 32x24 pixels, found 'scene' at 64x24"
-    ):
-        ObservationSampler(
-            panda, {"scene": CameraCalibration("scene", 64, 24, K, np.zeros(5), "world", np.eye(4))}
-        )
+    with pytest.raises(PerceptionError, match="expected one of 'scene' at 32x24 pixels, found 'scene' at 64x24"):
+        ObservationSampler(panda, {"scene": CameraCalibration("scene", 64, 24, K, np.zeros(5), "world", np.eye(4))})
 
 
 def test_joint_states_of_one_arm_at_a_time():

@@ -150,9 +150,7 @@ class CameraTrack:
             moved = np.linalg.norm(positions - self._tools_then, axis=1).max()
             self._moved = max(self._moved, float(moved))
         if self._identical >= self._limits.frozen_images and self._moved >= self._limits.frozen_motion:
-            self._frozen = (
-                f"frozen: {self._identical + 1} identical images while a tool moved by {self._moved:.3f} m"
-            )
+            self._frozen = f"frozen: {self._identical + 1} identical images while a tool moved by {self._moved:.3f} m"
 
 
 class ToolPositions(Protocol):

@@ -112,9 +112,7 @@ class ObservationSampler:
         kinematics = Kinematics(robot)
         self._arms = [_ArmTrack(arm, kinematics) for arm in robot.arms]
         transforms = transforms or TransformBuffer()
-        self._mounts = [
-            _Mount(robot, c, calibrations.get(c.name), self._arms, transforms) for c in robot.cameras
-        ]
+        self._mounts = [_Mount(robot, c, calibrations.get(c.name), self._arms, transforms) for c in robot.cameras]
         limits = limits or HealthLimits()
         self._cameras = [CameraTrack(camera, limits, -np.inf) for camera in robot.cameras]
         self._by_name = {t.camera.name: (t, m) for t, m in zip(self._cameras, self._mounts, strict=True)}
@@ -205,9 +203,7 @@ class ObservationSampler:
 
     def tool_poses(self) -> dict[str, tuple[float, np.ndarray]]:
         """Arm name -> (stamp s, T_base_tool (4, 4)) of its newest joint state, for arms that have one."""
-        return {
-            arm.arm.name: (arm.newest, arm.tool(arm.newest)) for arm in self._arms if arm.newest is not None
-        }
+        return {arm.arm.name: (arm.newest, arm.tool(arm.newest)) for arm in self._arms if arm.newest is not None}
 
     # -----------------------------------------------------------------------------------------------------
     # choice
@@ -325,9 +321,7 @@ class _ArmTrack:
         if self.arm.gripper:
             gripper = self.arm.gripper.opening(dict(zip(self.names[self._n :], fingers, strict=True)))
         tool = self._kinematics.forward(self.arm.name, position)
-        return ArmSample(
-            self.arm.name, self.arm.joints, position, velocity, tool, min(max(gripper, 0.0), 1.0)
-        )
+        return ArmSample(self.arm.name, self.arm.joints, position, velocity, tool, min(max(gripper, 0.0), 1.0))
 
 
 class _Mount:

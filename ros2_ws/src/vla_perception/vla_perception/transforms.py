@@ -241,9 +241,7 @@ def _to_matrix(pose: _Pose) -> np.ndarray:
     )
 
 
-def _rotate(
-    x: float, y: float, z: float, w: float, vx: float, vy: float, vz: float
-) -> tuple[float, float, float]:
+def _rotate(x: float, y: float, z: float, w: float, vx: float, vy: float, vz: float) -> tuple[float, float, float]:
     """Vector v turned by the unit quaternion: v + w t + q x t with t = 2 q x v."""
     tx, ty, tz = 2 * (y * vz - z * vy), 2 * (z * vx - x * vz), 2 * (x * vy - y * vx)
     return vx + w * tx + y * tz - z * ty, vy + w * ty + z * tx - x * tz, vz + w * tz + x * ty - y * tx

@@ -1,0 +1,33 @@
+"""Run one node until it is told to end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+
+
+def spin(make_node: Callable[[], Node], args: list[str] | None = None) -> None:
+    """Make a node and spin it until SIGINT or SIGTERM; both end it quietly.
+
+    A ValueError while it is made (a robot, a calibration or a parameter that cannot be used) is printed as one line,
+    with exit status 1. The executor is rclpy's single-threaded one: its events executor, as the wheels of Kilted
+    have it, keeps half a core busy with nothing to do and hangs at the end.
+    """
+    rclpy.init(args=args)
+    try:
+        try:
+            node = make_node()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        rclpy.try_shutdown()
