@@ -33,14 +33,21 @@ def policy_class(recipe: str) -> type:
     return found[recipe].load()
 
 
-def build(recipe: str, spec: Any, normalizers: Mapping[str, Any], config: Mapping[str, Any] | None = None,
-          device: str = "cpu") -> Any:
+def build(
+    recipe: str, spec: Any, normalizers: Mapping[str, Any], config: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> Any:
     """A new policy with random weights. See `vla_models.torch_policy.TorchPolicy`."""
     return policy_class(recipe)(spec, normalizers, config, device)
 
 
-def load(path: str | os.PathLike, runtime: str = "torch", provider: str = "cpu", threads: int = 0,
-         steps: int | None = None, providers: Sequence[Any] | None = None) -> Any:
+def load(
+    path: str | os.PathLike,
+    runtime: str = "torch",
+    provider: str = "cpu",
+    threads: int = 0,
+    steps: int | None = None,
+    providers: Sequence[Any] | None = None,
+) -> Any:
     """The policy of a checkpoint folder.
 
     runtime: "torch" or "onnx". provider: where it runs: "cpu", "cuda", and with onnx "tensorrt". threads: of one

@@ -119,24 +119,28 @@ class ActNetwork(nn.Module):
     def posterior_of(self, state: Tensor, actions: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of z, (B, latent) each, from what was done."""
         count = len(state)
-        tokens = torch.cat([self.cls.expand(count, 1, -1), self.posterior_state(state).unsqueeze(1),
-                            self.posterior_action(actions)], 1)
+        tokens = torch.cat(
+            [self.cls.expand(count, 1, -1), self.posterior_state(state).unsqueeze(1), self.posterior_action(actions)], 1
+        )
         mask = torch.cat([padded.new_zeros(count, 2), padded], 1)
         for block in self.posterior:
             tokens = block(tokens, self.posterior_places, mask)
         mean, log_variance = self.posterior_out(tokens[:, 0]).chunk(2, -1)
         return mean, log_variance
 
-    def forward(self, images: tuple[Tensor, ...], tokens: Tensor, state: Tensor, latent: Tensor | None = None
-                ) -> Tensor:
+    def forward(
+        self, images: tuple[Tensor, ...], tokens: Tensor, state: Tensor, latent: Tensor | None = None
+    ) -> Tensor:
         """Normalised actions (B, H, dim). latent (B, latent): z; None: 0, the prior's mean, as in use."""
         if latent is None:
             latent = state.new_zeros(state.shape[0], self.config.latent)
         vectors = [self.latent_in(latent), self.state_in(state)]
         if self.language is not None:
             vectors.append(self.language(tokens))
-        maps = [self.image_in(backbone(image)).flatten(2).transpose(1, 2)
-                for backbone, image in zip(self.backbones, images, strict=True)]
+        maps = [
+            self.image_in(backbone(image)).flatten(2).transpose(1, 2)
+            for backbone, image in zip(self.backbones, images, strict=True)
+        ]
         memory = torch.cat([torch.stack(vectors, 1), *maps], 1)
         places = torch.cat([self.vector_places, self.image_places])
         for block in self.encoder:
@@ -168,10 +172,24 @@ class ActPolicy(TorchPolicy):
 
     Config = ActConfig
     Network = ActNetwork
-    normalization = {"state": "mean_std", "action": "mean_std"}
+    training = {
+        "robot": "aloha",
+        "cameras": {"top": (120, 160)},
+        "state": "joint",
+        "kind": "joint",
+        "reference": "absolute",
+        "horizon": 100,
+        "period": 0.02,
+        "batch": 16,
+        "lr": 2e-4,
+        "decay": 1e-4,
+        "clip": 10.0,
+        "jitter": 0.1,
+    }
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
-            timings: dict[str, float]) -> np.ndarray:
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
         start = time.perf_counter()
         with torch.no_grad():
             actions = self.network(*self.tensors(inputs)).cpu().numpy()
@@ -180,8 +198,12 @@ class ActPolicy(TorchPolicy):
 
 
 def _mlp(config: ActConfig) -> nn.Module:
-    return nn.Sequential(nn.Linear(config.width, config.feedforward), nn.ReLU(), nn.Dropout(config.dropout),
-                         nn.Linear(config.feedforward, config.width))
+    return nn.Sequential(
+        nn.Linear(config.width, config.feedforward),
+        nn.ReLU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.feedforward, config.width),
+    )
 
 
 def _mean_l1(actions: Tensor, batch: Batch) -> Tensor:

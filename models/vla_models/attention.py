@@ -36,8 +36,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (split_heads(f(x), self.heads)
-                   for f, x in ((self.query, query), (self.key, key), (self.value, value)))
+        q, k, v = (
+            split_heads(f(x), self.heads) for f, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
         return self.out(attend(q, k, v, mask))
 
 

@@ -101,8 +101,9 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(8, channels)
-        self.skip = nn.Identity() if stride == 1 and channels_in == channels else nn.Conv2d(
-            channels_in, channels, 1, stride)
+        self.skip = (
+            nn.Identity() if stride == 1 and channels_in == channels else nn.Conv2d(channels_in, channels, 1, stride)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = nn.functional.relu(self.norm1(self.conv1(x)))

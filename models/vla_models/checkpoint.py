@@ -76,8 +76,9 @@ def write_checkpoint(checkpoint: Checkpoint, folder: str | os.PathLike) -> None:
     write_atomically(Path(folder) / POLICY_FILE, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def read_tensors(path: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None,
-                 finite: bool = True) -> dict[str, np.ndarray]:
+def read_tensors(
+    path: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None, finite: bool = True
+) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file, checked against the names and shapes `expected`.
 
     Raises CheckpointError for a file that is missing or cut short, and for tensors that are missing, too many, of
@@ -107,8 +108,9 @@ def read_tensors(path: str | os.PathLike, expected: Mapping[str, tuple[int, ...]
     return tensors
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
-                  metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically."""
     from safetensors.numpy import save
 

@@ -89,9 +89,14 @@ def fit_normalizers(episodes: Sequence[Episode], spec: PolicySpec, kinds: Mappin
     """Statistics of states and encoded actions over (at most STATISTICS evenly chosen) ticks of `episodes`."""
     stride = max(1, sum(map(len, episodes)) // STATISTICS)
     states = np.concatenate([episode.state[::stride] for episode in episodes])
-    actions = np.concatenate([
-        spec.action_space.encode(np.asarray(episode.targets[::stride], float), episode.anchor[::stride])
-        .reshape(-1, spec.action_dim) for episode in episodes])
+    actions = np.concatenate(
+        [
+            spec.action_space.encode(np.asarray(episode.targets[::stride], float), episode.anchor[::stride]).reshape(
+                -1, spec.action_dim
+            )
+            for episode in episodes
+        ]
+    )
     return {"state": Normalizer.fit(kinds["state"], states), "action": Normalizer.fit(kinds["action"], actions)}
 
 

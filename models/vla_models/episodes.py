@@ -71,20 +71,28 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
             found[topic].append((stamp, message))
     except bags.BagError as error:
         raise DataError(str(error)) from error
-    images = {name: _track([(s, m) for topic in both for s, m in found[topic]], "object", f"{folder}: camera {name}")
-              for name, both in topics.items()}
+    images = {
+        name: _track([(s, m) for topic in both for s, m in found[topic]], "object", f"{folder}: camera {name}")
+        for name, both in topics.items()
+    }
     joints = {name: _joint_track(found["/joint_states"], robot, name, folder) for name in spec.arms}
     goals = {name: _goal_tracks(found["/safety_status"], name, spec.action_space.kind, folder) for name in spec.arms}
     tracks = [*images.values(), *joints.values(), *(track for pair in goals.values() for track in pair)]
     first, last = max(track.oldest for track in tracks), max(g[0].newest for g in goals.values())
     stamps = sorted({stamp for topic in topics[next(iter(spec.cameras))] for stamp, _ in found[topic]})
-    ticks = [t for t in stamps if first <= t <= min(last, *(track.newest for track in joints.values()))
-             and all(abs(track.nearest(t).stamp - t) <= LARGEST_SKEW for track in images.values())]
+    ticks = [
+        t
+        for t in stamps
+        if first <= t <= min(last, *(track.newest for track in joints.values()))
+        and all(abs(track.nearest(t).stamp - t) <= LARGEST_SKEW for track in images.values())
+    ]
     if not ticks:
         raise DataError(f"bag {folder}: no time at which all of cameras, joints and safety status are there")
 
-    frames = {name: np.stack([_picture(track.nearest(t).value, spec.cameras[name]) for t in ticks])
-              for name, track in images.items()}
+    frames = {
+        name: np.stack([_picture(track.nearest(t).value, spec.cameras[name]) for t in ticks])
+        for name, track in images.items()
+    }
     states = [{name: _arm_state(robot, kinematics, name, joints[name].sample(t)) for name in spec.arms} for t in ticks]
     due = np.array(ticks)[:, None] + spec.period * np.arange(spec.horizon)
     return Episode(
@@ -93,8 +101,9 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
         images=frames,
         state=np.stack([state_vector(spec, state) for state in states]),
         anchor=np.stack([anchor_vector(spec, state) for state in states]),
-        targets=np.concatenate([_targets(goals[name], due, spec.action_space.kind) for name in spec.arms], -1
-                               ).astype(np.float32),
+        targets=np.concatenate([_targets(goals[name], due, spec.action_space.kind) for name in spec.arms], -1).astype(
+            np.float32
+        ),
         valid=(due <= last + 1e-9).sum(-1).astype(np.int32),
     )
 
@@ -109,8 +118,17 @@ def fingerprint(folder: Path, spec: PolicySpec) -> str:
                 digest.update(file.read(1 << 16))
                 file.seek(max(path.stat().st_size - (1 << 16), 0))
                 digest.update(file.read())
-    how = [VERSION, {k: list(v) for k, v in spec.cameras.items()}, spec.arms, spec.state, spec.action_space.kind,
-           {k: list(v) for k, v in spec.joints.items()}, spec.horizon, spec.period, spec.robot]
+    how = [
+        VERSION,
+        {k: list(v) for k, v in spec.cameras.items()},
+        spec.arms,
+        spec.state,
+        spec.action_space.kind,
+        {k: list(v) for k, v in spec.joints.items()},
+        spec.horizon,
+        spec.period,
+        spec.robot,
+    ]
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()
 
@@ -133,14 +151,16 @@ def cached_episode(folder: Path, cache: Path, spec: PolicySpec) -> Episode:
         os.replace(draft, place)
     facts = json.loads((place / "episode.json").read_text())
     return Episode(
-        name=facts["name"], instruction=facts["instruction"],
+        name=facts["name"],
+        instruction=facts["instruction"],
         images={name: np.load(place / f"camera_{name}.npy", mmap_mode="r") for name in spec.cameras},
         **{name: np.load(place / f"{name}.npy") for name in ("state", "anchor", "targets", "valid")},
     )
 
 
-def load_episodes(data: str | os.PathLike, spec: PolicySpec, cache: Path | None = None, workers: int = 2,
-                  limit: int | None = None) -> list[Episode]:
+def load_episodes(
+    data: str | os.PathLike, spec: PolicySpec, cache: Path | None = None, workers: int = 2, limit: int | None = None
+) -> list[Episode]:
     """Episodes of every successful bag below `data`, in order of their paths, with a progress bar.
 
     cache: folder of decoded episodes; by default `data`/.decoded. limit: take the first so many.
@@ -156,9 +176,9 @@ def load_episodes(data: str | os.PathLike, spec: PolicySpec, cache: Path | None 
     if not folders:
         raise DataError(f"{data}: expected finished bags (folders with metadata.yaml), found none")
     cache.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(folders), unit="bag", desc="episodes", mininterval=1.0)
-    with bar:
-        return [bar.update() or episode for episode in _all(folders, cache, spec, workers)]
+    return list(
+        tqdm(_all(folders, cache, spec, workers), total=len(folders), unit="bag", desc="episodes", mininterval=1.0)
+    )
 
 
 def _all(folders: list[Path], cache: Path, spec: PolicySpec, workers: int) -> Iterator[Episode]:
@@ -249,8 +269,9 @@ def _picture(message: Any, size: tuple[int, int]) -> np.ndarray:
     if hasattr(message, "format"):
         image = cv2.imdecode(np.asarray(message.data, np.uint8), cv2.IMREAD_COLOR)
         if image is None:
-            raise DataError(f"image: expected a compressed picture, found {len(message.data)} bytes of "
-                            f"{message.format!r}")
+            raise DataError(
+                f"image: expected a compressed picture, found {len(message.data)} bytes of {message.format!r}"
+            )
         return resize_image(np.ascontiguousarray(image[..., ::-1]), size)
     if message.encoding not in ("rgb8", "bgr8"):
         raise DataError(f"image: expected encoding rgb8 or bgr8, found {message.encoding!r}")

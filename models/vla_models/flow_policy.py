@@ -56,8 +56,9 @@ class CameraTokens(nn.Module):
         channels = config.channels[1]
         self.encoder = FilmEncoder(config.channels, config.blocks, config.width)
         self.keypoints = SpatialSoftmax(channels, config.points, grid)
-        self.point_tokens = nn.Sequential(nn.Linear(2 * config.points, config.width), nn.SiLU(),
-                                          nn.Linear(config.width, 4 * config.width))
+        self.point_tokens = nn.Sequential(
+            nn.Linear(2 * config.points, config.width), nn.SiLU(), nn.Linear(config.width, 4 * config.width)
+        )
         self.window = (grid[0] // config.pool[0], grid[1] // config.pool[1])
         self.pooled = nn.Linear(channels, config.width)
         self.positions = nn.Parameter(torch.randn(4 + config.pool[0] * config.pool[1], config.width) * 0.02)
@@ -81,8 +82,9 @@ class ActionBlock(nn.Module):
         self.query = nn.Linear(width, width)
         self.context = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, config.expansion * width), nn.SiLU(),
-                                 nn.Linear(config.expansion * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.expansion * width), nn.SiLU(), nn.Linear(config.expansion * width, width)
+        )
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """x (B*m, H, width); keys, values (B, heads, T, d): m samples share one context."""
@@ -161,17 +163,22 @@ class FlowPolicy(TorchPolicy):
 
     Config = FlowConfig
     Network = FlowNetwork
-    normalization = {"state": "mean_std", "action": "mean_std"}
+    training = {"steps": 5, "guidance": ("guided", "prefix"), "prefix_limit": 10}
 
-    def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
-            timings: dict[str, float]) -> np.ndarray:
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
         start = time.perf_counter()
         images, tokens, state = self.tensors(inputs)
         with torch.no_grad():
             context = self.network.encode(images, tokens, state)
             encoded = time.perf_counter()
-            sample = sample_flow(velocity_of(self.network, context), torch.from_numpy(noise).to(self.device),
-                                 self.steps, guidance_of(prefix))
+            sample = sample_flow(
+                velocity_of(self.network, context),
+                torch.from_numpy(noise).to(self.device),
+                self.steps,
+                guidance_of(prefix),
+            )
         actions = sample.cpu().numpy()
         timings["encode"] = encoded - start
         timings["sample"] = time.perf_counter() - encoded

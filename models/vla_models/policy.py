@@ -72,11 +72,14 @@ class PolicySpec:
         if unknown := set(self.guidance) - set(GUIDANCE):
             raise PolicyError(f"policy {self.name}: guidance must be among {GUIDANCE}, found {sorted(unknown)}")
         if tuple(self.action_space.arms) != self.arms:
-            raise PolicyError(f"policy {self.name}: arms {self.arms} differ from its action space's "
-                              f"{tuple(self.action_space.arms)}")
+            raise PolicyError(
+                f"policy {self.name}: arms {self.arms} differ from its action space's {tuple(self.action_space.arms)}"
+            )
         if self.horizon < 1 or not self.period > 0 or self.steps < 1:
-            raise PolicyError(f"policy {self.name}: horizon, period and steps must be positive, found "
-                              f"{self.horizon}, {self.period}, {self.steps}")
+            raise PolicyError(
+                f"policy {self.name}: horizon, period and steps must be positive, found "
+                f"{self.horizon}, {self.period}, {self.steps}"
+            )
 
     @property
     def example_instruction(self) -> str:
@@ -122,7 +125,7 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class ArmState:
-    """What one arm measured: joints (n,) rad (m); tool pose (7,) [x y z qx qy qz qw] in the base frame; opening 0..1."""
+    """What one arm measured: joints (n,) rad (m); tool pose (7,) [x y z qx qy qz qw], base frame; opening 0 to 1."""
 
     joints: np.ndarray
     tool: np.ndarray
@@ -220,8 +223,9 @@ class Policy(ABC):
         return ""
 
     @abstractmethod
-    def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
-            timings: dict[str, float]) -> np.ndarray:
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
         """Normalised actions (1, H, dim) float32 from one batch of one.
 
         noise: (1, H, dim) float32, standard normal (ignored by policies that predict in one pass). Writes the wall
@@ -238,8 +242,11 @@ class Policy(ABC):
         start = time.perf_counter()
         inputs, anchor = self.processor.inputs(observation)
         prefix = self.processor.prefix(request, anchor)
-        noise = np.random.default_rng(request.seed).standard_normal(
-            (1, self.spec.horizon, self.spec.action_dim)).astype(np.float32)
+        noise = (
+            np.random.default_rng(request.seed)
+            .standard_normal((1, self.spec.horizon, self.spec.action_dim))
+            .astype(np.float32)
+        )
         timings = {"preprocess": time.perf_counter() - start}
         actions = self.run(inputs, noise, prefix, timings)
         decode = time.perf_counter()

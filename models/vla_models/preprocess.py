@@ -13,8 +13,15 @@ import numpy as np
 from vla_core import se3
 
 from vla_models.normalization import Normalizer
-from vla_models.policy import (ArmState, ChunkPrefix, InferenceRequest, ModelInputs, PolicyError, PolicyObservation,
-                               PolicySpec)
+from vla_models.policy import (
+    ArmState,
+    ChunkPrefix,
+    InferenceRequest,
+    ModelInputs,
+    PolicyError,
+    PolicyObservation,
+    PolicySpec,
+)
 from vla_models.tokenizer import Tokenizer
 
 
@@ -33,7 +40,7 @@ def image_tensor(images: np.ndarray) -> np.ndarray:
 
 
 def state_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray:
-    """(state_dim,) float64, raw: "pose" [position 3 m, 6D rotation 6, opening], "joint" [q1..qn rad, opening] an arm."""
+    """(state_dim,) float64, raw: "pose" [position m, 6D rotation, opening] an arm, "joint" [q1..qn rad, opening]."""
     parts = []
     for name in spec.arms:
         arm = _arm(spec, state, name)
@@ -51,8 +58,10 @@ def anchor_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray
     parts = []
     for name in spec.arms:
         arm = _arm(spec, state, name)
-        parts += [np.asarray(arm.tool, float) if spec.action_space.kind == "pose" else _joints(spec, name, arm),
-                  [arm.gripper]]
+        parts += [
+            np.asarray(arm.tool, float) if spec.action_space.kind == "pose" else _joints(spec, name, arm),
+            [arm.gripper],
+        ]
     return np.concatenate(parts)
 
 
@@ -66,16 +75,20 @@ class Processor:
         self.tokenizer = Tokenizer(spec.vocabulary, spec.context)
         for name, normalizer, dim in (("state", self.state, spec.state_dim), ("action", self.action, spec.action_dim)):
             if normalizer.offset.shape[-1] != dim:
-                raise PolicyError(f"policy {spec.name}: {name} normaliser: expected {dim} numbers, found "
-                                  f"{normalizer.offset.shape[-1]}")
+                raise PolicyError(
+                    f"policy {spec.name}: {name} normaliser: expected {dim} numbers, found "
+                    f"{normalizer.offset.shape[-1]}"
+                )
 
     def inputs(self, observation: PolicyObservation) -> tuple[ModelInputs, np.ndarray]:
         """Inputs for a batch of one, and the anchor (target_dim,)."""
         images = []
         for camera, size in self.spec.cameras.items():
             if camera not in observation.images:
-                raise PolicyError(f"policy {self.spec.name}: observation: expected camera {camera!r}, found "
-                                  f"{sorted(observation.images)}")
+                raise PolicyError(
+                    f"policy {self.spec.name}: observation: expected camera {camera!r}, found "
+                    f"{sorted(observation.images)}"
+                )
             images.append(image_tensor(resize_image(observation.images[camera], size)[None]))
         state = self.state.normalize(state_vector(self.spec, observation.state))[None]
         tokens = self.tokenizer.encode(observation.instruction)[None]
@@ -95,12 +108,15 @@ class Processor:
             return None
         spec = self.spec
         if request.guidance not in spec.guidance:
-            raise PolicyError(f"policy {spec.name}: guidance {request.guidance!r} is not supported; it supports "
-                              f"{list(spec.guidance) or 'none'}")
+            raise PolicyError(
+                f"policy {spec.name}: guidance {request.guidance!r} is not supported; it supports "
+                f"{list(spec.guidance) or 'none'}"
+            )
         remainder = np.asarray(request.remainder, float)[: spec.horizon]
         if remainder.ndim != 2 or remainder.shape[1] != spec.target_dim:
-            raise PolicyError(f"policy {spec.name}: remainder: expected (K, {spec.target_dim}), found "
-                              f"{remainder.shape}")
+            raise PolicyError(
+                f"policy {spec.name}: remainder: expected (K, {spec.target_dim}), found {remainder.shape}"
+            )
         length = len(remainder)
         padded = np.concatenate([remainder, np.repeat(remainder[-1:], spec.horizon - length, axis=0)])
         target = self.actions(padded, anchor)[None]
@@ -125,6 +141,7 @@ def _arm(spec: PolicySpec, state: Mapping[str, ArmState], name: str) -> ArmState
 def _joints(spec: PolicySpec, name: str, arm: ArmState) -> np.ndarray:
     joints = np.asarray(arm.joints, float)
     if name not in spec.joints or joints.shape != (len(spec.joints[name]),):
-        raise PolicyError(f"policy {spec.name}: arm {name!r}: expected {len(spec.joints.get(name, ()))} joints, found "
-                          f"{joints.shape}")
+        raise PolicyError(
+            f"policy {spec.name}: arm {name!r}: expected {len(spec.joints.get(name, ()))} joints, found {joints.shape}"
+        )
     return joints

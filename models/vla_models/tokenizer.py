@@ -43,10 +43,13 @@ class Tokenizer:
             return tokens
         known = [self._index[word] for word in WORD.findall(instruction.lower()) if word in self._index]
         if not known:
-            raise TokenizerError(f"instruction {instruction!r}: no word of it is known to the policy; it knows: "
-                                 f"{' '.join(self.vocabulary[1:])}")
+            raise TokenizerError(
+                f"instruction {instruction!r}: no word of it is known to the policy; it knows: "
+                f"{' '.join(self.vocabulary[1:])}"
+            )
         if len(known) > self.context:
-            raise TokenizerError(f"instruction {instruction!r:.60}: expected at most {self.context} words, "
-                                 f"found {len(known)}")
+            raise TokenizerError(
+                f"instruction {instruction!r:.60}: expected at most {self.context} words, found {len(known)}"
+            )
         tokens[: len(known)] = known
         return tokens

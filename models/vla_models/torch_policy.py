@@ -40,9 +40,17 @@ class TorchPolicy(Policy):
     Config: ClassVar[type]
     Network: ClassVar[type[nn.Module]]
     normalization: ClassVar[Mapping[str, str]] = {"state": "mean_std", "action": "mean_std"}
+    #: Settings of training that differ from those of vla_models.train.TrainConfig.
+    training: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Normalizer], config: Mapping[str, Any] | None = None,
-                 device: str = "cpu", steps: int | None = None):
+    def __init__(
+        self,
+        spec: PolicySpec,
+        normalizers: Mapping[str, Normalizer],
+        config: Mapping[str, Any] | None = None,
+        device: str = "cpu",
+        steps: int | None = None,
+    ):
         super().__init__(spec, normalizers)
         self.config = make_config(self.Config, config or {})
         self.device = torch.device(device)
@@ -71,8 +79,9 @@ def make_config(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def load_torch(path: str | os.PathLike, provider: str = "cpu", threads: int = 0, steps: int | None = None
-               ) -> TorchPolicy:
+def load_torch(
+    path: str | os.PathLike, provider: str = "cpu", threads: int = 0, steps: int | None = None
+) -> TorchPolicy:
     """The policy of a checkpoint folder on torch. Raises CheckpointError."""
     checkpoint = read_checkpoint(path)
     if provider not in ("cpu", "cuda"):
@@ -83,7 +92,8 @@ def load_torch(path: str | os.PathLike, provider: str = "cpu", threads: int = 0,
         torch.set_num_threads(threads)
     try:
         policy = policy_class(checkpoint.spec.recipe)(
-            checkpoint.spec, checkpoint.normalizers, checkpoint.config, provider, steps)
+            checkpoint.spec, checkpoint.normalizers, checkpoint.config, provider, steps
+        )
     except (PolicyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     load_weights(policy.network, checkpoint.folder / WEIGHTS_FILE)

@@ -1,0 +1,492 @@
+"""Train a policy from recorded bags.
+
+    python -m vla_models.train --recipe flow --data bags/pick --out models/checkpoints/panda_pick --minutes 50
+    python -m vla_models.train --recipe act --data bags/transfer --out checkpoints/aloha robot=aloha batch=16
+    ... --resume            goes on from the state in --out
+
+Settings are given as key=value (values in YAML; nested ones as network.samples=4) or in a file by --config, on top of
+the recipe's own defaults; see TrainConfig. Writes into --out: policy.json and model.safetensors (moving average of
+the weights: what is used), train_state.safetensors (to resume), training.jsonl (one line an interval) and
+training.png. Ctrl-C saves and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Threads that wait must not spin: a training often shares its cores. Read when torch loads its OpenMP runtime.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from vla_core.actions import ActionSpace
+from vla_core.robot import load_robot
+
+from vla_models import build, policy_class
+from vla_models.checkpoint import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    read_checkpoint,
+    read_tensors,
+    write_atomically,
+    write_checkpoint,
+    write_tensors,
+)
+from vla_models.data import Dataset, fit_normalizers, split, vocabulary
+from vla_models.episodes import Episode, load_episodes
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec
+from vla_models.torch_policy import Batch, TorchPolicy
+
+STATE_FILE = "train_state.safetensors"
+LOG_FILE = "training.jsonl"
+PLOT_FILE = "training.png"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train and how. Recipes state their own defaults (`TorchPolicy.training`).
+
+    name: of the policy; empty: the folder's. robot: its description. cameras: camera -> [height, width] in pixels;
+    empty: all of the robot's, 96 high. state, kind, reference, frame, rotation, gripper, horizon, period, steps,
+    guidance, prefix_limit: see PolicySpec and ActionSpace. batch: samples a step. lr: peak of the cosine schedule;
+    warmup: its first steps, rising from 0. decay: weight decay. clip: largest gradient norm. average: decay of the
+    moving average of the weights. shift: random shift of images, pixels. jitter: random change of brightness,
+    contrast and colour, as a part of 1. validation: part of the episodes held out. interval: steps between two log
+    lines with validation. network: the recipe's configuration.
+    """
+
+    name: str = ""
+    robot: str = "panda"
+    cameras: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    state: str = "pose"
+    kind: str = "pose"
+    reference: str = "chunk"
+    frame: str = "base"
+    rotation: str = "rotvec"
+    gripper: Sequence[float] = (0.0, 1.0)
+    horizon: int = 32
+    period: float = 0.05
+    steps: int = 1
+    guidance: Sequence[str] = ()
+    prefix_limit: int = 0
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 300
+    decay: float = 1e-3
+    clip: float = 1.0
+    average: float = 0.999
+    shift: int = 2
+    jitter: float = 0.2
+    validation: float = 0.05
+    interval: int = 250
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
+    """The policy's specification (still without a vocabulary) for the robot that `config` names."""
+    robot = load_robot(config.robot)
+    arms = tuple(arm.name for arm in robot.arms)
+    cameras = config.cameras or {c.name: (96, round(96 * c.width / c.height)) for c in robot.cameras}
+    for camera in cameras:
+        robot.camera(camera)
+    if config.kind == "pose":
+        space = ActionSpace(arms, "pose", (), config.reference, config.frame, config.rotation, tuple(config.gripper))
+    else:
+        counts = tuple(len(arm.joints) for arm in robot.arms)
+        space = ActionSpace(arms, "joint", counts, config.reference, gripper=tuple(config.gripper))
+    return PolicySpec(
+        name=config.name or name,
+        recipe=recipe,
+        cameras=cameras,
+        arms=arms,
+        state=config.state,
+        action_space=space,
+        horizon=config.horizon,
+        period=config.period,
+        joints={arm.name: arm.joints for arm in robot.arms},
+        guidance=tuple(config.guidance),
+        steps=config.steps,
+        prefix_limit=config.prefix_limit,
+        robot=config.robot,
+    )
+
+
+class Trainer:
+    """Optimises one policy: AdamW, cosine schedule, moving average of the weights, resumable."""
+
+    def __init__(self, policy: TorchPolicy, train: Dataset, validation: Dataset | None, config: TrainConfig, seed: int):
+        self.policy, self.train, self.validation = policy, train, validation
+        self.config, self.seed = config, seed
+        self.network, self.device = policy.network, policy.device
+        self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+        decayed = [p for p in self.network.parameters() if p.ndim > 1]
+        plain = [p for p in self.network.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.decay}, {"params": plain, "weight_decay": 0.0}], lr=config.lr
+        )
+        self.step = 0
+        self.elapsed = 0.0
+
+    def learning_rate(self, progress: float) -> float:
+        """Cosine from config.lr to 1 % of it over the training, after a linear warm-up."""
+        warm = min(1.0, (self.step + 1) / max(self.config.warmup, 1))
+        return self.config.lr * warm * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(progress, 1.0))))
+
+    def advance(self, arrays: Mapping[str, np.ndarray], progress: float) -> dict[str, float]:
+        """One optimisation step on a batch of `Dataset.draw`; returns its losses. Raises PolicyError (not finite)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        torch.manual_seed(self.seed * 1_000_003 + self.step)  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(progress)
+        self.network.train()
+        losses = self.network.loss(self.to_batch(arrays, generator), generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        if not torch.isfinite(norm):
+            raise PolicyError(f"training: step {self.step}: the gradient is not finite; lower lr ({self.config.lr})")
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            own = [v for v in self.network.state_dict().values() if v.is_floating_point()]
+            mean = [v for v in self.average.values() if v.is_floating_point()]
+            torch._foreach_lerp_(mean, own, 1 - decay)
+        return {name: value.item() for name, value in losses.items()}
+
+    def validate(self, batches: int = 8) -> dict[str, float]:
+        """Mean losses of the averaged weights on batches of the validation episodes, always the same ones."""
+        if self.validation is None:
+            return {}
+        raw = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average)
+        self.network.eval()
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for i in range(batches):
+                chosen = np.random.default_rng([11, i]).integers(len(self.validation), size=self.config.batch)
+                generator = torch.Generator().manual_seed(i)
+                batch = self.to_batch(self.validation.batch(chosen), None)
+                for name, value in self.network.loss(batch, generator).items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / batches
+        self.network.load_state_dict(raw)
+        return sums
+
+    def to_batch(self, arrays: Mapping[str, np.ndarray], generator: torch.Generator | None) -> Batch:
+        """Arrays of `Dataset.batch` as tensors on the device; colours are changed when `generator` is given."""
+        images = []
+        for name in self.policy.spec.cameras:
+            image = torch.from_numpy(np.ascontiguousarray(arrays[f"camera/{name}"])).to(self.device)
+            image = image.permute(0, 3, 1, 2).float() / 255.0
+            images.append(image if generator is None else jitter(image, self.config.jitter, generator))
+        rest = (torch.from_numpy(arrays[name]).to(self.device) for name in ("tokens", "state", "actions", "padded"))
+        return Batch(tuple(images), *rest)
+
+    def save(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Write the checkpoint and the training's state, each file atomically."""
+        write_tensors(folder / WEIGHTS_FILE, _arrays(self.average))
+        states = self.optimizer.state_dict()["state"]
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.items()}
+        tensors |= {f"optimizer.{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+        tensors["step"], tensors["elapsed"] = torch.tensor(self.step), torch.tensor(self.elapsed, dtype=torch.float64)
+        write_tensors(folder / STATE_FILE, _arrays(tensors))
+        write_checkpoint(Checkpoint(self.policy.spec, self._normalizers(), config, facts), folder)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Raises CheckpointError."""
+        path = folder / STATE_FILE
+        tensors = {name: torch.from_numpy(value) for name, value in read_tensors(path, finite=False).items()}
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                index, _, key = rest.partition(".")
+                state["state"].setdefault(int(index), {})[key] = value
+        try:
+            self.network.load_state_dict({n[8:]: v for n, v in tensors.items() if n.startswith("network.")})
+            for name, value in self.average.items():
+                value.copy_(tensors[f"average.{name}"])
+            self.optimizer.load_state_dict(state)
+            self.step, self.elapsed = int(tensors["step"]), float(tensors["elapsed"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not the state of this training: {error}") from error
+
+    def _normalizers(self) -> dict[str, Any]:
+        return {"state": self.policy.processor.state, "action": self.policy.processor.action}
+
+
+def jitter(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """(B, 3, h, w) in [0, 1]: brightness, contrast and the balance of the colours changed, another way each sample."""
+    if amount <= 0:
+        return image
+    count = len(image)
+    draw = (2 * torch.rand(count, 5, 1, 1, generator=generator) - 1).to(image.device) * amount
+    mean = image.mean((1, 2, 3), keepdim=True)
+    gain = (1 + draw[:, :1]) * (1 + 0.3 * draw[:, 1:4])
+    return torch.clamp(image * gain + draw[:, 4:] * (image.new_tensor(0.5) - mean), 0.0, 1.0)
+
+
+def train(
+    recipe: str,
+    episodes: Sequence[Episode],
+    spec: PolicySpec,
+    config: TrainConfig,
+    out: Path,
+    steps: int,
+    seed: int = 0,
+    minutes: float | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    stop: Any = lambda: False,
+    quiet: bool = False,
+) -> TorchPolicy:
+    """Train on `episodes` and write the checkpoint into `out`; returns the policy with the averaged weights.
+
+    steps: optimisation steps. minutes: end after so much time in all (and not by steps), with the schedule fitted to
+    it. stop: asked before each step; true saves and ends.
+    """
+    from tqdm import tqdm
+
+    training, held = split(episodes, config.validation, seed)
+    kinds = policy_class(recipe).normalization
+    if resume:
+        saved = read_checkpoint(out)
+        _check_resumed(saved, spec, recipe)
+        spec, normalizers = saved.spec, saved.normalizers
+    else:
+        spec = dataclasses.replace(spec, vocabulary=vocabulary(episodes))
+        normalizers = fit_normalizers(training, spec, kinds)
+    torch.manual_seed(seed)
+    policy = build(recipe, spec, normalizers, config.network, device)
+    train_set = Dataset(training, policy.processor, config.shift)
+    trainer = Trainer(policy, train_set, Dataset(held, policy.processor) if held else None, config, seed)
+    if resume:
+        trainer.restore(out)
+    out.mkdir(parents=True, exist_ok=True)
+    log = _open_log(out / LOG_FILE, trainer.step)
+    network = dataclasses.asdict(policy.config)
+    facts = {
+        "episodes": len(training),
+        "validation_episodes": len(held),
+        "samples": len(train_set),
+        "seed": seed,
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in policy.network.parameters()),
+        "train": _plain(dataclasses.asdict(config)),
+    }
+    begin, before = time.monotonic(), trainer.elapsed
+    sums: dict[str, float] = {}
+    count = 0
+    entry: dict[str, float] = {}
+
+    def progress() -> float:
+        done = trainer.step / steps
+        return done if minutes is None else max(0.0, trainer.elapsed / (60.0 * minutes))
+
+    def write(final: bool = False) -> None:
+        nonlocal sums, count, entry
+        if count:
+            entry = {
+                "step": trainer.step,
+                "elapsed": round(trainer.elapsed, 2),
+                "lr": trainer.learning_rate(progress()),
+            }
+            entry |= {f"train_{name}": value / count for name, value in sums.items()}
+            entry |= {f"validation_{name}": value for name, value in trainer.validate().items()}
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            sums, count = {}, 0
+        trainer.save(out, network, facts | {"steps": trainer.step, "minutes": trainer.elapsed / 60, "last": entry})
+        if final:
+            plot(out)
+
+    pool = ThreadPoolExecutor(1)
+    bar = tqdm(
+        total=steps if minutes is None else round(60 * minutes),
+        initial=0,
+        disable=quiet,
+        mininterval=2.0,
+        unit="step" if minutes is None else "s",
+        desc=f"train {spec.name}",
+    )
+    try:
+        ahead = pool.submit(train_set.draw, config.batch, seed, trainer.step)
+        while progress() < 1.0 and not stop():
+            arrays = ahead.result()
+            ahead = pool.submit(train_set.draw, config.batch, seed, trainer.step + 1)
+            losses = trainer.advance(arrays, progress())
+            trainer.elapsed = before + time.monotonic() - begin
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            bar.n = trainer.step if minutes is None else min(round(trainer.elapsed), bar.total)
+            bar.set_postfix(
+                step=trainer.step,
+                loss=f"{sums['loss'] / count:.4f}",
+                validation=f"{entry.get('validation_loss', float('nan')):.4f}",
+                refresh=False,
+            )
+            bar.update(0)
+            if trainer.step % config.interval == 0:
+                write()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        bar.close()
+    write(final=True)
+    log.close()
+    policy.network.load_state_dict(trainer.average)
+    policy.network.eval()
+    return policy
+
+
+def plot(folder: Path) -> None:
+    """Draw training.png from training.jsonl: losses over steps."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    if not lines:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for key in lines[-1]:
+        if key.startswith(("train_", "validation_")):
+            kind, _, name = key.partition("_")
+            axes.plot(
+                [line["step"] for line in lines],
+                [line.get(key, np.nan) for line in lines],
+                "-" if kind == "validation" else "--",
+                label=f"{name}, {kind}",
+                linewidth=1.2,
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("optimisation step")
+    axes.set_ylabel("loss")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_atomically(folder / PLOT_FILE, picture.getvalue())
+
+
+def make_train_config(recipe: str, values: Mapping[str, Any]) -> TrainConfig:
+    """The recipe's defaults with `values` on top. Raises PolicyError for unknown keys."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    if unknown := set(values) - names:
+        raise PolicyError(f"training: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
+    return TrainConfig(**(dict(policy_class(recipe).training) | dict(values)))
+
+
+def parse_settings(pairs: Sequence[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """key=value words, nested by dots, values in YAML, on top of `base`. Raises PolicyError."""
+    tree = dict(base or {})
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise PolicyError(f"setting: expected key=value, found {pair!r}")
+        *path, last = key.split(".")
+        node = tree
+        for name in path:
+            node[name] = dict(node.get(name) or {})
+            node = node[name]
+        node[last] = yaml.safe_load(value)
+    return tree
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vla_models.train", description="Train a policy from bags.")
+    parser.add_argument("--recipe", required=True, help="flow, act, or a recipe of another package")
+    parser.add_argument("--data", required=True, type=Path, help="folder of rosbag2 folders, one an episode")
+    parser.add_argument("--out", required=True, type=Path, help="checkpoint folder")
+    parser.add_argument("--config", type=Path, help="settings, YAML or JSON")
+    parser.add_argument("--steps", type=int, default=20_000, help="optimisation steps")
+    parser.add_argument("--minutes", type=float, help="train for so long instead of --steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0: its own choice")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode bags")
+    parser.add_argument("--cache", type=Path, help="folder of decoded bags; default DATA/.decoded")
+    parser.add_argument("--episodes", type=int, help="use the first so many bags only")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, see TrainConfig")
+    given = parser.parse_intermixed_args(arguments)
+    stopped = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    try:
+        base = yaml.safe_load(given.config.read_text()) if given.config else {}
+        config = make_train_config(given.recipe, parse_settings(given.settings, base))
+        spec = make_spec(config, given.recipe, given.out.resolve().name)
+        if given.threads:
+            torch.set_num_threads(given.threads)
+        episodes = load_episodes(given.data, spec, given.cache, given.workers, given.episodes)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        train(
+            given.recipe,
+            episodes,
+            spec,
+            config,
+            given.out,
+            given.steps,
+            given.seed,
+            given.minutes,
+            given.resume,
+            given.device,
+            stop=lambda: stopped,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"train: {error}")
+    print(f"{given.out}: saved{' (interrupted)' if stopped else ''}")
+
+
+def _check_resumed(saved: Checkpoint, spec: PolicySpec, recipe: str) -> None:
+    if saved.spec.recipe != recipe:
+        raise CheckpointError(f"checkpoint {saved.folder}: expected recipe {recipe!r}, found {saved.spec.recipe!r}")
+    mine = dataclasses.replace(spec, name=saved.spec.name, vocabulary=saved.spec.vocabulary)
+    if mine.to_dict() != saved.spec.to_dict():
+        differing = sorted(k for k, v in mine.to_dict().items() if saved.spec.to_dict()[k] != v)
+        raise CheckpointError(f"checkpoint {saved.folder}: was trained with other settings: {differing}")
+
+
+def _open_log(path: Path, step: int) -> Any:
+    """The log for appending; lines at or after `step` (of an interrupted or older training) are dropped."""
+    lines = path.read_text().splitlines() if path.is_file() and step else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept).encode())
+    return open(path, "a")
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+if __name__ == "__main__":
+    main()
