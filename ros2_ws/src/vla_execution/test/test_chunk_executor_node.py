@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import rclpy
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from execution_toys import HORIZON, PERIOD, START
 from geometry_msgs.msg import Point, Pose, Quaternion
@@ -52,7 +53,7 @@ class Graph(Node):
         message = ActionChunk(request_id=request.id, policy="toy")
         message.header.stamp, message.header.frame_id = self.get_clock().now().to_msg(), "world"
         message.actions = ActionTrajectory(frame_id="world", arms=["arm"], representation=ActionTrajectory.POSE)
-        message.actions.start = message.header.stamp
+        message.actions.start = Time(sec=message.header.stamp.sec, nanosec=message.header.stamp.nanosec)
         message.actions.period, message.actions.horizon, message.actions.dimension = PERIOD, HORIZON, 8
         message.actions.data = targets.ravel().tolist()
         if self.spoil:
