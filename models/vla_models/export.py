@@ -1,28 +1,30 @@
 """Export a policy to plain ONNX: `python -m vla_models.export CHECKPOINT` writes CHECKPOINT/onnx/*.onnx.
 
-A flow policy becomes its encoder and one integration step, which the very sampler of `vla_models.sampling` drives:
+A flow policy becomes its encoder and one integration step, which the very sampler of `vla_models.sampling`
+drives:
 
     encoder.onnx          image_<camera>..., tokens, state -> context
     velocity.onnx         context, x, tau (1, 1) -> velocity
     velocity_guided.onnx  context, x, tau (1, 1), target, weights -> velocity, pull
     velocity_prefix.onnx  context, x, tau (1, H) -> velocity
 
-`pull` is the guidance of Real-Time Chunking with the true vector-Jacobian product, J^T [W * (Y - x1)]: the backward
-pass of the network is part of the graph, so that guided sampling needs no automatic differentiation at run time.
-A policy that predicts in one pass becomes policy.onnx (image_<camera>..., tokens, state -> actions).
+`pull` is the guidance of Real-Time Chunking with the true vector-Jacobian product, J^T [W * (Y - x1)]: the
+backward pass of the network is part of the graph, so that guided sampling needs no automatic differentiation
+at run time. A policy that predicts in one pass becomes policy.onnx (image_<camera>..., tokens, state ->
+actions).
 
-One step instead of the whole unrolled sampler: any number of steps from one graph, a tenth of its size and of the
-time to export, load or build an engine from, for 50 us a step on a CPU. All shapes are static (batch of one), no
-attention mask and no cache is made inside a graph, float32 throughout.
+One step instead of the whole unrolled sampler: any number of steps from one graph, a tenth of its size and of
+the time to export, load or build an engine from, for 50 us a step on a CPU. All shapes are static (batch of
+one), no attention mask and no cache is made inside a graph, float32 throughout.
 
-Weights are shipped once: each initialiser is external data that points into model.safetensors (found by its bytes;
-what is computed from the weights at export, and small constants, stay inline). ONNX Runtime refuses paths with ".."
-there, so the location is plain "model.safetensors", and a session is told where that is:
+Weights are shipped once: each initialiser is external data that points into model.safetensors (found by its
+bytes; what is computed from the weights at export, and small constants, stay inline). ONNX Runtime refuses
+paths with ".." there, so the location is plain "model.safetensors", and a session is told where that is:
 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", CHECKPOINT)
 
-Each graph is checked against torch before it is written; one that differs too much is refused, and what an earlier
-export left under its name is removed.
+Each graph is checked against torch before it is written; one that differs too much is refused, and what an
+earlier export left under its name is removed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class GraphSource:
-    """One graph to be: `function` takes the tensors of `example` by name and returns one tensor for each output."""
+    """One graph to be: `function` takes the tensors of `example` by name, returns one tensor an output."""
 
     name: str
     function: Callable[..., tuple[Tensor, ...]]
@@ -71,8 +73,8 @@ class GraphSource:
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """What was written. difference: largest |ONNX - torch| relative to max(1, |torch|). size: bytes of the file.
-    shared, inline: bytes of initialisers that lie in model.safetensors and in the file itself."""
+    """What was written. difference: largest |ONNX - torch| relative to max(1, |torch|). size: bytes of the
+    file. shared, inline: bytes of initialisers that lie in model.safetensors and in the file itself."""
 
     name: str
     path: Path
@@ -87,15 +89,15 @@ def export_checkpoint(folder: str | os.PathLike, tolerance: float = TOLERANCE,
                       report: Callable[[ExportedGraph], None] = lambda graph: None) -> list[ExportedGraph]:
     """Write the graphs of a checkpoint folder, each checked against torch on the CPU.
 
-    Raises CheckpointError for a checkpoint that cannot be loaded, ExportError for a policy of an unknown kind and
-    for a graph that differs from torch by more than `tolerance`; then no graph of that name is left.
+    Raises CheckpointError for a checkpoint that cannot be loaded, ExportError for a policy of an unknown kind
+    and for a graph that differs from torch by more than `tolerance`; then no graph of that name is left.
     """
     folder = Path(folder)
     policy = load_torch(folder)
     places = index_tensors(folder / WEIGHTS_FILE)
     mark = fingerprint(folder / WEIGHTS_FILE)
     raw = (folder / WEIGHTS_FILE).read_bytes()
-    shared = {raw[place.offset : place.offset + place.length]: (name, place) for name, place in places.items()}
+    shared = {raw[at.offset : at.offset + at.length]: (name, at) for name, at in places.items()}
     done = []
     for source in graph_sources(policy):
         path = folder / GRAPHS_FOLDER / f"{source.name}.onnx"
@@ -132,8 +134,8 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
 
         return [GraphSource("policy", whole, example, ("actions",))]
     if not isinstance(policy, FlowPolicy):
-        raise ExportError(f"recipe {spec.recipe!r}: no graphs are known for {type(policy).__name__}; expected a "
-                          f"subclass of FlowPolicy or ActPolicy")
+        raise ExportError(f"recipe {spec.recipe!r}: no graphs are known for {type(policy).__name__}; expected "
+                          f"a subclass of FlowPolicy or ActPolicy")
 
     def encode(**inputs: Tensor) -> tuple[Tensor, ...]:
         return (network.encode(tuple(inputs[name] for name in cameras), inputs["tokens"], inputs["state"]),)
@@ -141,18 +143,20 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
     def velocity(context: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
         return (velocity_of(network, context)(x, tau),)
 
-    def guided(context: Tensor, x: Tensor, tau: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    def guided(context: Tensor, x: Tensor, tau: Tensor, target: Tensor, weights: Tensor
+               ) -> tuple[Tensor, ...]:
         return RtcGuidance(target, weights).pull(velocity_of(network, context), x, tau)
 
     with torch.no_grad():
         (context,) = encode(**example)
-    step = {"context": context, "x": normal(1, spec.horizon, spec.action_dim), "tau": torch.rand(1, 1)}
-    chunk = {"target": normal(1, spec.horizon, spec.action_dim), "weights": torch.linspace(1, 0, spec.horizon)}
+    chunk = (1, spec.horizon, spec.action_dim)
+    step = {"context": context, "x": normal(*chunk), "tau": torch.rand(1, 1, generator=generator)}
+    wish = {"target": normal(*chunk), "weights": torch.linspace(1, 0, spec.horizon)}
     times = torch.where(torch.arange(spec.horizon) < spec.horizon // 3, 1.0, step["tau"])
     sources = [
         GraphSource("encoder", encode, example, ("context",)),
         GraphSource("velocity", velocity, step, ("velocity",)),
-        GraphSource("velocity_guided", guided, step | chunk, ("velocity", "pull")),
+        GraphSource("velocity_guided", guided, step | wish, ("velocity", "pull")),
         GraphSource("velocity_prefix", velocity, step | {"tau": times}, ("velocity",)),
     ]
     wanted = graph_names(spec, one_pass=False)
@@ -161,7 +165,7 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
 
 def build_graph(source: GraphSource, shared: Mapping[bytes, tuple[str, TensorPlace]], mark: str
                 ) -> tuple[bytes, dict[str, int]]:
-    """Trace, convert and serialise one graph; initialisers whose bytes are in `shared` become external data."""
+    """Trace, convert, serialise one graph; initialisers whose bytes are in `shared` become external data."""
     import onnx_ir
     from onnxscript.optimizer import optimize_ir
 
@@ -196,7 +200,7 @@ def build_graph(source: GraphSource, shared: Mapping[bytes, tuple[str, TensorPla
 
 
 def compare(source: GraphSource, data: bytes, folder: Path, trials: int = 3) -> float:
-    """Largest |ONNX - torch| relative to max(1, |torch|) over some random inputs; NaN when anything is not finite."""
+    """Largest |ONNX - torch| relative to max(1, |torch|) over some inputs; NaN if anything is not finite."""
     graph = Graph(data, folder, ProviderOptions(), threads=1)
     generator = torch.Generator().manual_seed(1)
     worst = 0.0
@@ -239,7 +243,8 @@ def _convert(source: GraphSource):
                                         input_names=names, output_names=list(source.outputs))
         except torch.onnx.errors.OnnxExporterError as error:
             cause = error.__cause__ or error
-            raise ExportError(f"{source.name}: cannot be written in ONNX: {str(cause).splitlines()[0]}") from error
+            message = str(cause).splitlines()[0]
+            raise ExportError(f"{source.name}: cannot be written in ONNX: {message}") from error
     return program.model
 
 
@@ -262,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vla_models.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--tolerance", type=float, default=TOLERANCE,
-                        help="largest difference from torch, relative to max(1, |torch|) (default %(default)g)")
+                        help="largest difference, relative to max(1, |torch|) (default %(default)g)")
     args = parser.parse_args(argv)
     print(f"{'graph':<18}{'difference':>12}{'nodes':>8}{'file KiB':>10}{'shared KiB':>12}{'inline KiB':>12}")
 

@@ -1,6 +1,7 @@
 """Policies on ONNX Runtime: the graphs of `vla_models.export`, driven by the same sampler as on torch.
 
-Nothing here imports torch: Real-Time Chunking, its vector-Jacobian product included, runs with NumPy and ONNX Runtime.
+Nothing here imports torch: Real-Time Chunking, its vector-Jacobian product included, runs with NumPy and ONNX
+Runtime.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
 @dataclass(frozen=True)
 class ProviderOptions:
-    """Execution providers with their options, in ONNX Runtime's words, first choice first. device: where values that
-    pass from graph to graph stay, "cpu" or "cuda"."""
+    """Execution providers with their options, in ONNX Runtime's words, first choice first. device: where
+    values that pass from graph to graph stay, "cpu" or "cuda"."""
 
     providers: tuple[Any, ...] = (CPU,)
     device: str = "cpu"
@@ -41,8 +42,8 @@ class ProviderOptions:
 def choose_providers(provider: str, cache: Path | None = None) -> ProviderOptions:
     """"cpu", "cuda" or "tensorrt" as execution providers. cache: folder for TensorRT's engines.
 
-    Arithmetic stays float32: TF32 is off under CUDA. Raises PolicyError when the provider is unknown or not part of
-    the installed ONNX Runtime, naming those that are.
+    Arithmetic stays float32: TF32 is off under CUDA. Raises PolicyError when the provider is unknown or not
+    part of the installed ONNX Runtime, naming those that are.
     """
     present = onnxruntime.get_available_providers()
     usable = [name for name, needed in PROVIDERS.items() if needed in present]
@@ -71,8 +72,9 @@ def engine_cache(mark: str) -> Path:
     """
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        out = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-        gpu = "-".join("".join(c if c.isalnum() or c == "." else " " for c in out[0]).split())
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        lines = answer.stdout.splitlines()
+        gpu = "-".join("".join(c if c.isalnum() or c == "." else " " for c in lines[0]).split())
     except (OSError, subprocess.SubprocessError, IndexError):
         gpu = "gpu"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -90,9 +92,9 @@ def graph_names(spec: PolicySpec, one_pass: bool) -> list[str]:
 class Graph:
     """One graph in a session.
 
-    model: path of the .onnx file, or its bytes. weights: folder of the safetensors file it points into. threads: in
-    one operator, 0: as many as the machine has cores.
-    Raises CheckpointError when it cannot be loaded, PolicyError when the first provider cannot be used.
+    model: path of the .onnx file, or its bytes. weights: folder of the safetensors file it points into.
+    threads: in one operator, 0: as many as the machine has cores. Raises CheckpointError when it cannot be
+    loaded, PolicyError when the first provider cannot be used.
     """
 
     def __init__(self, model: Path | bytes, weights: Path, providers: ProviderOptions, threads: int = 0):
@@ -104,24 +106,26 @@ class Graph:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         try:
             self.session = onnxruntime.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=list(providers.providers))
+                model if isinstance(model, bytes) else str(model), options,
+                providers=list(providers.providers))
         except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
             name = "graph" if isinstance(model, bytes) else model
-            raise CheckpointError(f"{name}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from error
+            message = str(error).splitlines()[0]
+            raise CheckpointError(f"{name}: ONNX Runtime cannot load it: {message}") from error
         first = providers.providers[0]
         wanted = first if isinstance(first, str) else first[0]
         self.provider = self.session.get_providers()[0]
         if self.provider != wanted:
-            raise PolicyError(f"provider: {wanted} was asked for, but does not work on this machine; available: "
-                              f"{self.session.get_providers()}")
+            raise PolicyError(f"provider: {wanted} was asked for, but does not work on this machine; "
+                              f"available: {self.session.get_providers()}")
         self.device = providers.device
         self.inputs = {value.name: tuple(value.shape) for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.metadata = self.session.get_modelmeta().custom_metadata_map
 
     def __call__(self, values: Mapping[str, Any], keep: bool = False) -> list[Any]:
-        """Outputs in order. values: NumPy arrays or kept outputs; those that the graph does not take are ignored.
-        keep: leave the outputs on the device, to be handed to another graph."""
+        """Outputs in order. values: NumPy arrays or kept outputs; those that the graph does not take are
+        ignored. keep: leave the outputs on the device, to be handed to another graph."""
         binding = self.session.io_binding()
         for name in self.inputs:
             value = values[name]
@@ -155,7 +159,8 @@ class OnnxPolicy(Policy):
     def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
             timings: dict[str, float]) -> np.ndarray:
         start = time.perf_counter()
-        values = {f"image_{camera}": image for camera, image in zip(self.spec.cameras, inputs.images, strict=True)}
+        values = {f"image_{camera}": image
+                  for camera, image in zip(self.spec.cameras, inputs.images, strict=True)}
         values |= {"tokens": inputs.tokens, "state": inputs.state}
         if "policy" in self.graphs:
             (actions,) = self.graphs["policy"](values)
@@ -169,14 +174,14 @@ class OnnxPolicy(Policy):
         return sample
 
     def warm_up(self) -> None:
-        """Run each graph once on zeros, so that kernels, engines and memory are there for the first inference."""
+        """Run each graph once on zeros: kernels, engines and memory are there for the first inference."""
         spec = self.spec
         inputs = ModelInputs(tuple(np.zeros((1, 3, *size), np.float32) for size in spec.cameras.values()),
                              np.zeros((1, spec.context), np.int64), np.zeros((1, spec.state_dim), np.float32))
         noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
         for mode in ("", *spec.guidance):
-            prefix = ChunkPrefix(mode, noise, noise[0, :, 0], np.zeros(noise.shape[:2], bool), 1.0) if mode else None
-            self.run(inputs, noise, prefix, {})
+            prefix = ChunkPrefix(mode, noise, noise[0, :, 0], np.zeros(noise.shape[:2], bool), 1.0)
+            self.run(inputs, noise, prefix if mode else None, {})
 
     def _velocity(self, context: Any) -> Callable[[np.ndarray, Any], np.ndarray]:
         def velocity(x: np.ndarray, tau: Any) -> np.ndarray:
@@ -215,10 +220,10 @@ def load_onnx(path: str | os.PathLike, provider: str = "cpu", threads: int = 0, 
               providers: Sequence[Any] | None = None) -> OnnxPolicy:
     """The policy of a checkpoint folder on ONNX Runtime, warmed up.
 
-    provider: "cpu", "cuda" or "tensorrt". threads: in one operator, 0: all cores. steps: integration steps, None:
-    the checkpoint's own. providers: execution providers in ONNX Runtime's own words, instead of `provider`.
-    Raises CheckpointError when a file is missing, cut short or does not fit the others, PolicyError when the
-    provider is not available.
+    provider: "cpu", "cuda" or "tensorrt". threads: in one operator, 0: all cores. steps: integration steps,
+    None: the checkpoint's own. providers: execution providers in ONNX Runtime's own words, instead of
+    `provider`. Raises CheckpointError when a file is missing, cut short or does not fit the others,
+    PolicyError when the provider is not available.
     """
     checkpoint = read_checkpoint(path)
     weights = checkpoint.folder / WEIGHTS_FILE
@@ -243,10 +248,10 @@ def load_onnx(path: str | os.PathLike, provider: str = "cpu", threads: int = 0, 
 
 
 def _check(graph: Graph, file: Path, spec: PolicySpec, mark: str) -> None:
-    """Raise CheckpointError unless `graph` was made for `spec` and from the weights with fingerprint `mark`."""
+    """Raise CheckpointError unless `graph` was made for `spec`, from the weights of fingerprint `mark`."""
     if graph.metadata.get(FINGERPRINT_KEY) != mark:
-        raise CheckpointError(f"{file}: was exported from other weights than those in {WEIGHTS_FILE}; export again "
-                              f"with: python -m vla_models.export {file.parent.parent}")
+        raise CheckpointError(f"{file}: was exported from other weights than those in {WEIGHTS_FILE}; export "
+                              f"again with: python -m vla_models.export {file.parent.parent}")
     chunk = (1, spec.horizon, spec.action_dim)
     expected = {f"image_{camera}": (1, 3, *size) for camera, size in spec.cameras.items()}
     expected |= {"tokens": (1, spec.context), "state": (1, spec.state_dim), "x": chunk, "target": chunk,

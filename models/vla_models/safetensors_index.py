@@ -1,4 +1,4 @@
-"""Where each tensor lies in a safetensors file, and the file's fingerprint; the data itself is never read here."""
+"""Where each tensor lies in a safetensors file, and the file's fingerprint."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ class TensorPlace:
 
 
 def index_tensors(path: str | os.PathLike) -> dict[str, TensorPlace]:
-    """Tensor name -> place. Raises CheckpointError when the file is missing, cut short or of another format."""
+    """Tensor name -> place. Raises CheckpointError when the file is missing, cut short or not of the format."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else None
         if header is None:
-            raise CheckpointError(f"{path}: cut short: its header alone needs {length + 8} bytes, found {size}")
+            raise CheckpointError(f"{path}: cut short: its header needs {length + 8} bytes, found {size}")
         header.pop("__metadata__", None)
-        places = {name: TensorPlace(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0],
-                                    entry["data_offsets"][1] - entry["data_offsets"][0])
-                  for name, entry in header.items()}
+        places = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            places[name] = TensorPlace(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,0 +1,121 @@
+"""A tiny policy of each recipe and a synthetic data set that can be learnt in seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from vla_core.actions import ActionSpace
+from vla_models.episodes import Episode
+from vla_models.normalization import Normalizer
+from vla_models.policy import ArmState, PolicyObservation, PolicySpec
+
+TINY = {"flow": {"width": 32, "layers": 2, "heads": 2, "channels": (8, 16), "blocks": (0, 1), "points": 8},
+        "act": {"width": 32, "heads": 2, "feedforward": 48, "encoder_layers": 1, "posterior_layers": 1,
+                "channels": (8, 16), "dropout": 0.1}}  # fmt: skip
+WORDS = ("", "blue", "cube", "red", "take", "the")
+
+
+def make_spec(recipe: str, **changes) -> PolicySpec:
+    """A pose policy ("flow") or a joint policy ("act") with images of 24 x 32 pixels and H = 8."""
+    values = {
+        "name": "tiny", "recipe": recipe, "cameras": {"scene": (24, 32)}, "arms": ("arm",), "horizon": 8,
+        "period": 0.05, "joints": {"arm": tuple(f"j{i}" for i in range(7))}, "robot": "panda",
+    }  # fmt: skip
+    if recipe == "flow":
+        space = ActionSpace(("arm",), "pose", (), "chunk", "base", "rotvec")
+        values |= {"state": "pose", "action_space": space, "guidance": ("guided", "prefix"), "steps": 5}
+        values |= {"vocabulary": WORDS, "prefix_limit": 4}
+    else:
+        values |= {"state": "joint", "action_space": ActionSpace(("arm",), "joint", (7,))}
+    return PolicySpec(**(values | changes))
+
+
+def make_policy(recipe: str, seed: int = 0, **changes):
+    """A tiny policy with random weights, none of them zero."""
+    torch = pytest.importorskip("torch")
+    from vla_models import build
+
+    spec = make_spec(recipe, **changes)
+    torch.manual_seed(seed)
+    normalizers = {
+        "state": Normalizer("mean_std", np.linspace(-0.1, 0.1, spec.state_dim), np.full(spec.state_dim, 0.5)),
+        "action": Normalizer("mean_std", np.linspace(-0.05, 0.05, spec.action_dim), np.full(spec.action_dim, 0.2)),
+    }
+    policy = build(recipe, spec, normalizers, TINY[recipe])
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.05)
+    return policy
+
+
+def make_observation(seed: int = 0, instruction: str = "take the red cube") -> PolicyObservation:
+    """A random image and a random pose within reach."""
+    rng = np.random.default_rng(seed)
+    quaternion = rng.normal(size=4)
+    tool = np.concatenate([[0.4, 0.1, 0.3] + 0.05 * rng.normal(size=3), quaternion / np.linalg.norm(quaternion)])
+    return PolicyObservation(
+        images={"scene": rng.integers(0, 256, (48, 64, 3), np.uint8)},
+        state={"arm": ArmState(rng.normal(0, 0.5, 7), tool, float(rng.uniform()))},
+        instruction=instruction,
+        time=1.0,
+    )
+
+
+def make_episodes(spec: PolicySpec, count: int = 6, ticks: int = 8, seed: int = 0) -> list[Episode]:
+    """Scenes with a red and a blue square left and right; the named one decides where the actions go.
+
+    The targets move in a straight line from the anchor to +-0.1 m in y, by the side of the square named.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = spec.cameras["scene"]
+    episodes = []
+    for index in range(count):
+        red_left, take_red = index % 2 == 0, index // 2 % 2 == 0
+        side = 1.0 if red_left == take_red else -1.0
+        images = np.full((ticks, height, width, 3), 90, np.uint8)
+        images += rng.integers(0, 20, images.shape, np.uint8)
+        for colour, left in ((0, red_left), (2, not red_left)):
+            column = (2 if left else width - 12) + int(rng.integers(0, 4))
+            images[:, 8:14, column : column + 6] = 20
+            images[:, 8:14, column : column + 6, colour] = 230
+        if spec.action_space.kind == "pose":
+            anchor = np.tile([0.4, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0, 1.0], (ticks, 1))
+            state = np.tile([0.4, 0.0, 0.3, 1.0, 0, 0, 0, -1.0, 0, 1.0], (ticks, 1))
+        else:
+            anchor = np.tile([0.0] * 7 + [1.0], (ticks, 1))
+            state = anchor.copy()
+        targets = np.repeat(anchor[:, None], spec.horizon, 1)
+        targets[..., 1] += side * 0.1 * np.linspace(0, 1, spec.horizon)
+        instruction = f"take the {'red' if take_red else 'blue'} cube"
+        episodes.append(
+            Episode(f"episode_{index}", instruction, {"scene": images}, state, anchor, targets.astype(np.float32),
+                    np.full(ticks, spec.horizon))
+        )  # fmt: skip
+    return episodes
+
+
+@pytest.fixture
+def spec_of():
+    return make_spec
+
+
+@pytest.fixture
+def policy_of():
+    return make_policy
+
+
+@pytest.fixture
+def observation_of():
+    return make_observation
+
+
+@pytest.fixture
+def episodes_of():
+    return make_episodes
+
+
+@pytest.fixture
+def tiny():
+    """Recipe -> settings of a tiny network."""
+    return TINY
