@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import random
 import signal
@@ -12,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import CameraInfo, Image, JointState
+from vla_msgs.msg import Command, SafetyStatus
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,3 +99,44 @@ def recorder(processes, tmp_path):
 def bag_folder(tmp_path) -> Path:
     """A folder that does not exist yet."""
     return tmp_path / "bags" / "episode_0001"
+
+
+class Robot:
+    """Publishes what a robot with two cameras of 320x240 at 30 Hz and 100 Hz topics publishes, and counts it."""
+
+    def __init__(self, node):
+        self.sent: dict[str, int] = {}
+        self._node = node
+        image = Image(height=240, width=320, encoding="rgb8", step=960)
+        image.data = array.array("B", bytes(range(256)) * 900)
+        joints = JointState(name=["a", "b"], position=[0.0, 1.0])
+        self._fast = [
+            self._make(JointState, "/joint_states", joints, 10),
+            self._make(JointState, "/arm/joint_targets", joints, 5),
+            self._make(SafetyStatus, "/safety_status", SafetyStatus(), 10),
+            self._make(Command, "/command", Command(), 5),
+        ]
+        self._slow = [
+            self._make(kind, f"/camera/{camera}/{name}", message, 5)
+            for camera in ("scene", "wrist")
+            for kind, name, message in ((Image, "image_raw", image), (CameraInfo, "camera_info", CameraInfo()))
+        ]
+
+    def _make(self, kind, topic, message, depth):
+        return self._node.create_publisher(kind, topic, QoSProfile(depth=depth)), topic, message
+
+    def matched(self) -> bool:
+        return all(p.get_subscription_count() > 0 for p, *_ in self._fast + self._slow)
+
+    def run(self, seconds: float) -> None:
+        begin = time.monotonic()
+        for tick in range(int(seconds * 100)):
+            for publisher, topic, message in self._fast + (self._slow if tick % 10 in (0, 3, 6) else []):
+                publisher.publish(message)
+                self.sent[topic] = self.sent.get(topic, 0) + 1
+            time.sleep(max(0.0, begin + (tick + 1) * 0.01 - time.monotonic()))
+
+
+@pytest.fixture
+def robot(node):
+    return Robot(node)

@@ -130,7 +130,7 @@ class RecorderNode(Node):
             if self._auto:
                 if self._recorder.recording:
                     self._stop("unknown", "the scene was reset")
-                self._start("", "")
+                self._start(event.task, event.instruction)
         elif self._auto and self._recorder.recording:
             if event.event == EpisodeEvent.SUCCESS:
                 self._stop("success", event.detail)
@@ -163,10 +163,10 @@ class RecorderNode(Node):
     def _start(self, task: str, instruction: str) -> tuple[bool, str, str]:
         self._check()
         task = task or self._reset.task
-        instruction = instruction or self._newest("/instruction", String, "data") or self._reset.instruction
+        instruction = instruction or self._newest_instruction()
         facts = {
             "robot": self._robot.name,
-            "policy": self._newest("/policy_status", PolicyStatus, "active"),
+            "policy": self._newest_policy(),
             "task": task,
             "instruction": instruction,
             "seed": self._reset.seed,
@@ -189,13 +189,22 @@ class RecorderNode(Node):
     def _stop(self, outcome: str, note: str) -> tuple[bool, str, str]:
         self._check()
         bag = self._recorder.bag
+        facts = {"outcome": outcome, "note": note, "policy": self._newest_policy()}
+        if not self._instruction:  # given after the start
+            facts["instruction"] = self._newest_instruction()
         try:
-            self._recorder.stop({"outcome": outcome, "note": note})
+            self._recorder.stop(facts)
         except (BagError, RecorderError) as error:
             self.get_logger().error(str(error))
             return False, str(error), str(bag or "")
         self._announce(EpisodeEvent.SAVED, bag)
         return True, f"saved as {outcome}", str(bag)
+
+    def _newest_policy(self) -> str:
+        return self._newest("/policy_status", PolicyStatus, "active")
+
+    def _newest_instruction(self) -> str:
+        return self._newest("/instruction", String, "data") or self._reset.instruction
 
     def _newest(self, topic: str, kind: type, field: str) -> str:
         messages = [m for (name, _), m in self._latched.items() if name == topic]

@@ -53,7 +53,7 @@ class TeleopNode(Node):
         self._commands = self.create_publisher(Command, "/command", QoSProfile(depth=5))
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.create_subscription(SafetyStatus, "/safety_status", self._on_status, QoSProfile(depth=10))
-        self._services = {
+        self._requests = {
             "arm": (self.create_client(Trigger, "/safety_controller/arm"), Trigger.Request()),
             "disarm": (self.create_client(Trigger, "/safety_controller/disarm"), Trigger.Request()),
             "stop": (self.create_client(Trigger, "/safety_controller/stop"), Trigger.Request()),
@@ -62,7 +62,7 @@ class TeleopNode(Node):
         }
         stop = self.create_client(StopEpisode, "/recorder/stop")
         for button, outcome in (("record_success", 1), ("record_failure", 2)):
-            self._services[button] = (stop, StopEpisode.Request(outcome=outcome))
+            self._requests[button] = (stop, StopEpisode.Request(outcome=outcome))
         self._period = 1.0 / self._robot.rates.control
         self.create_timer(self._period, self._tick)
         self.create_timer(1.0, self._diagnose, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -95,7 +95,7 @@ class TeleopNode(Node):
                     return TeleopInput()
                 self._device = self._open(self._path)
                 self._error = ""
-                self.get_logger().info(f"{self._robot.name}, arm {self._teleoperation.arm}\n{self._device.help}")
+                self.get_logger().info(f"arm {self._teleoperation.arm}\n{self._device.help}")
             return self._device.read(now)
         except DeviceError as error:
             if str(error) != self._error:
@@ -119,8 +119,8 @@ class TeleopNode(Node):
     def _press(self, button: str) -> None:
         if button == "quit":
             self.done = True
-        elif button in self._services:
-            self._call(button, *self._services[button])
+        elif button in self._requests:
+            self._call(button, *self._requests[button])
         else:
             arms = self._status.arms if self._status else []
             self._teleoperation.press(button, {arm.arm: arm.gripper for arm in arms})
