@@ -26,9 +26,12 @@ from vla_execution.goal import ArmStatus, GoalPredictor, Status
 from vla_execution.metrics import Metrics
 from vla_execution.strategies import ExecutionConfig, RequestPlan, make_strategy
 
-#: States of the safety controller in which commands are sent, and in which a plan waits for the brake.
+#: States of the safety controller in which commands are sent. While it brakes they are sent only if it was this
+#: executor's own hold that made it brake: a plan that comes then goes on at once; else the plan waits.
 READY = ("holding", "running")
 PAUSED = ("stopping",)
+#: An arm that has held for this long is at rest, and so is what a policy sees of it, s.
+SETTLE = 0.1
 #: A status older than this says nothing any more, s.
 STATUS_TIMEOUT = 0.3
 #: A chunk whose first action falls due later than this after its arrival came from another clock, s.
@@ -170,6 +173,8 @@ class Executor:
             return None
         if self._outstanding is not None and now - self._outstanding < self.config.request_timeout:
             return None
+        if self.strategy.at_rest and now - self._moved < SETTLE:
+            return None
         plan = self.strategy.request(now, self.delays)
         if plan is None:
             return None
@@ -209,7 +214,9 @@ class Executor:
             self._sequence = max(self._sequence, status.sequence)  # after a restart: go on counting
         goals = self._goals.predict(status, now)
         self._goal = goals or self._goal
-        if status.state in PAUSED:
+        if status.state != "holding":
+            self._moved = now
+        if status.state in PAUSED and not self._holding:
             return None
         target = None if self._unsuited else self.strategy.target(now)
         if target is not None and goals is not None:
@@ -221,6 +228,7 @@ class Executor:
         if not self._started:
             return None
         self.metrics.empty_ticks += 1
+        self._holding = True
         self._sequence += 1
         self._goals.record(self._sequence, now, None, {})
         return ExecutorCommand(now, self._sequence, self.period, hold=True)
@@ -244,6 +252,7 @@ class Executor:
                 step = wanted[:-1] - goal.joints
                 limited |= bool((np.abs(step) > largest).any())
                 arms[name] = ArmMotion(gripper=float(wanted[-1]), joints=goal.joints + np.clip(step, -largest, largest))
+        self._holding = False
         self.metrics.limited_ticks += limited
         self.metrics.append("command_age", now - chunk.observed)
         self._sequence += 1
@@ -370,6 +379,8 @@ class Executor:
         self._fresh = True
         self._ready = False
         self._started = False
+        self._holding = False  # the newest command was a hold
+        self._moved = -np.inf  # when the arm moved last
         self._dropped = ""
         self._chunk_number = 0
         self._boundary = (0.0, 0.0)

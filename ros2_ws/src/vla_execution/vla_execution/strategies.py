@@ -20,9 +20,6 @@ from vla_execution.ensembling import ensemble_weights
 from vla_execution.plan import Plan
 from vla_execution.rtc import SCHEDULES
 
-#: Time that `synchronous` gives the arm to come to rest before it asks for the next chunk, s.
-SETTLE = 0.3
-
 
 class StrategyError(ValueError):
     """A configuration that cannot be used; the message names the parameter, the expected and the found."""
@@ -83,10 +80,12 @@ class RequestPlan:
 class Strategy:
     """Asks for the next chunk once `execution_horizon` steps of the running one are executed; switches by time.
 
-    guidance: what the policy must support: "" nothing, "guided", "prefix".
+    guidance: what the policy must support: "" nothing, "guided", "prefix". at_rest: whether it asks for chunks only
+    while the arm stands still.
     """
 
     guidance = ""
+    at_rest = False
 
     def __init__(self, config: ExecutionConfig):
         self.config = config
@@ -173,9 +172,10 @@ class Synchronous(Strategy):
     """Stop, infer, execute: the arm stands still while the policy thinks.
 
     A chunk is executed from its first action on, which falls due when it arrives, since nothing moved meanwhile.
-    After `execution_horizon` steps the arm stops; the next request follows `SETTLE` later, so that the policy sees
-    the arm at rest.
+    After `execution_horizon` steps the arm stops, and once it is at rest the policy is asked again.
     """
+
+    at_rest = True
 
     def __init__(self, config: ExecutionConfig):
         super().__init__(config)
@@ -186,7 +186,7 @@ class Synchronous(Strategy):
         self._until = -math.inf
 
     def request(self, now: float, delays: DelayEstimator) -> RequestPlan | None:
-        if now < self._until + SETTLE:
+        if now <= self._until + ON_TIME:
             return None
         return RequestPlan(execution_horizon=self.config.execution_horizon)
 
@@ -194,7 +194,7 @@ class Synchronous(Strategy):
         return chunk.shifted(now)
 
     def accept(self, chunk: Chunk, now: float) -> bool:
-        if now < self._until + SETTLE:
+        if now <= self._until + ON_TIME:
             return False  # the arm did not stand still for this one
         self._plan = Plan(chunk, now)
         self._until = chunk.due(min(self.config.execution_horizon, chunk.horizon - 1))
