@@ -10,7 +10,7 @@ import numpy as np
 import pinocchio
 import pytest
 import yaml
-from vla_core.robot import RobotError, load_robot, resolve_uri, transform
+from vla_core.robot import DEFAULT_TRACKING, RobotError, load_robot, resolve_uri, transform
 
 ROBOTS = Path(load_robot("panda").path).parent
 
@@ -97,6 +97,13 @@ def test_limits_need_one_number_a_joint(tree, load, key):
         load(place(tree, f"arms.arm.limits.{key}", [*values, 1.0]))
 
 
+def test_tracking_tolerances_may_be_given_for_each_joint(tree, load):
+    assert (load(tree).arm("arm").limits.tracking == DEFAULT_TRACKING).all()
+    given = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    robot = load(place(tree, "arms.arm.limits.tracking", given))
+    assert robot.arm("arm").limits.tracking.tolist() == given
+
+
 BAD = [
     ("name", ""),
     ("name", 7),
@@ -124,6 +131,8 @@ BAD = [
     ("arms.arm.limits.velocity", [2.0] * 6 + [0.0]),
     ("arms.arm.limits.acceleration", [5.0] * 6 + [-5.0]),
     ("arms.arm.limits.upper", [2.8] * 6 + [float("inf")]),
+    ("arms.arm.limits.tracking", [0.5] * 6),
+    ("arms.arm.limits.tracking", [0.5] * 6 + [0.0]),
     ("arms.arm.tool.link", 3),
     ("arms.arm.tool.speed", 0.0),
     ("arms.arm.tool.xyz", [0, 0, "0.1"]),

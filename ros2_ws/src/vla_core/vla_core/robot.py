@@ -21,6 +21,8 @@ from scipy.spatial.transform import Rotation
 
 #: Folders searched, in order, for `<name>.yaml` when a robot is given by name.
 SEARCH_PATH_VARIABLE = "VLA_ROBOT_PATH"
+#: `limits.tracking` of a joint where the description names none, rad (m): 0.1 s of lag at 5 rad/s.
+DEFAULT_TRACKING = 0.5
 
 
 class RobotError(ValueError):
@@ -29,12 +31,16 @@ class RobotError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Joint limits, arrays of shape (n,): position in rad (m), velocity in rad/s (m/s), acceleration in rad/s^2."""
+    """Joint limits, arrays of shape (n,): position in rad (m), velocity in rad/s (m/s), acceleration in rad/s^2.
+
+    `tracking`: how far a measured joint may lastingly be from its command, rad (m); a servo lags and gives way.
+    """
 
     lower: np.ndarray
     upper: np.ndarray
     velocity: np.ndarray
     acceleration: np.ndarray
+    tracking: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -380,10 +386,12 @@ def _read_arm(name: str, node: _Node) -> Arm:
     joints = node.get("joints").texts()
     n = len(joints)
     limits_node = node.get("limits")
-    limits = Limits(*(limits_node.get(k).vector(n) for k in ("lower", "upper", "velocity", "acceleration")))
+    bounds = [limits_node.get(k).vector(n) for k in ("lower", "upper", "velocity", "acceleration")]
+    tracking = limits_node.get("tracking", None)
+    limits = Limits(*bounds, tracking.vector(n) if tracking else np.full(n, DEFAULT_TRACKING))
     if not (limits.lower < limits.upper).all():
         raise limits_node.fail("lower below upper for every joint")
-    for key in ("velocity", "acceleration"):
+    for key in ("velocity", "acceleration", "tracking"):
         if not (getattr(limits, key) > 0).all():
             raise limits_node.get(key).fail("numbers above zero")
     limits_node.close()
