@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from vla_core.robot import Limits
 
-#: Speed at which a joint that starts outside its position limits comes back while it is being driven, rad/s.
+#: Speed at which a joint (tool) that starts outside its limits (workspace) comes back while driven, rad/s (m/s).
 RETURN_SPEED = 0.05
 
 
@@ -17,12 +17,21 @@ def braking_speed(distance: np.ndarray, acceleration: np.ndarray, period: float)
     contradicts the acceleration bound, where a plain mix of the two demands more than `a` near a limit.
 
     Args:
-        distance: to the limit, rad (m), any shape; negative counts as zero.
+        distance: to the limit, rad (m), any shape, not negative.
         acceleration: a, rad/s^2 (m/s^2).
         period: s.
     """
     step = acceleration * period
-    return np.sqrt(step * step + 2.0 * acceleration * np.maximum(distance, 0.0)) - step
+    return np.sqrt(step * step + 2.0 * acceleration * distance) - step
+
+
+def approach_speed(distance: np.ndarray, acceleration: np.ndarray, period: float) -> np.ndarray:
+    """Largest speed towards a limit: `braking_speed` inside; beyond it (distance < 0) a speed away from it.
+
+    The way back is slow, and slower the nearer, so that rounding at the limit moves nothing.
+    """
+    speed = braking_speed(np.abs(distance), acceleration, period)
+    return np.where(distance < 0.0, -np.minimum(speed, RETURN_SPEED), speed)
 
 
 def velocity_bounds(
@@ -37,19 +46,10 @@ def velocity_bounds(
         lower, upper: (n,), lower <= upper. lower_by, upper_by: (n,) of 0 velocity, 1 acceleration, 2 position.
     """
     change = limits.acceleration * period
-    room_up = braking_speed(limits.upper - q, limits.acceleration, period)
-    room_down = -braking_speed(q - limits.lower, limits.acceleration, period)
-    room_up = np.where(q > limits.upper, -RETURN_SPEED, room_up)
-    room_down = np.where(q < limits.lower, RETURN_SPEED, room_down)
-    uppers = np.stack([limits.velocity, v + change, room_up])
-    lowers = np.stack([-limits.velocity, v - change, room_down])
-    upper_by, lower_by = uppers.argmin(axis=0), lowers.argmax(axis=0)
-    upper, lower = uppers.min(axis=0), lowers.max(axis=0)
-    # From outside a limit, or at more than the allowed speed, acceleration has the last word: brake as hard as allowed.
-    clash = lower > upper
-    reachable_up, reachable_down = v + change, v - change
-    upper = np.where(clash, np.clip(upper, reachable_down, reachable_up), upper)
-    lower = np.where(clash, np.clip(lower, reachable_down, reachable_up), lower)
-    middle = np.where(lower > upper, np.where(np.abs(lower) < np.abs(upper), lower, upper), 0.0)
-    crossed = lower > upper
-    return np.where(crossed, middle, lower), np.where(crossed, middle, upper), lower_by, upper_by
+    fastest, slowest = v + change, v - change
+    uppers = np.stack([limits.velocity, fastest, approach_speed(limits.upper - q, limits.acceleration, period)])
+    lowers = -np.stack([limits.velocity, -slowest, approach_speed(q - limits.lower, limits.acceleration, period)])
+    # Coming back from outside a limit asks for more than acceleration allows: acceleration has the last word.
+    upper = np.maximum(uppers.min(axis=0), slowest)
+    lower = np.minimum(lowers.max(axis=0), fastest)
+    return np.minimum(lower, upper), upper, lowers.argmax(axis=0), uppers.argmin(axis=0)
