@@ -119,3 +119,37 @@ def episodes_of():
 def tiny():
     """Recipe -> settings of a tiny network."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def exported_flow(tmp_path_factory):
+    """(folder, exported graphs by name) of a flow policy with two cameras. The exporter is slow: once for all."""
+    spec = make_spec("flow", cameras={"scene": (32, 40), "wrist": (24, 32)}, context=6)
+    return _exported(tmp_path_factory.mktemp("flow"), spec, {"layers": 1, "blocks": (1, 1), "pool": (1, 2)})
+
+
+@pytest.fixture(scope="session")
+def exported_act(tmp_path_factory):
+    """(folder, exported graphs by name) of an ACT with two arms."""
+    spec = make_spec("act", arms=("left", "right"), action_space=ActionSpace(("left", "right"), "joint", (3, 3)),
+                     joints={"left": ("l1", "l2", "l3"), "right": ("r1", "r2", "r3")})  # fmt: skip
+    return _exported(tmp_path_factory.mktemp("act"), spec, {})
+
+
+def _exported(folder, spec, changes):
+    torch = pytest.importorskip("torch")
+    from vla_models import build
+    from vla_models.checkpoint import Checkpoint, write_checkpoint, write_tensors
+    from vla_models.export import export_checkpoint
+
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    normalizers = {name: Normalizer("mean_std", rng.normal(size=dim), rng.uniform(0.5, 2, dim))
+                   for name, dim in (("state", spec.state_dim), ("action", spec.action_dim))}  # fmt: skip
+    config = TINY[spec.recipe] | changes
+    network = build(spec.recipe, spec, normalizers, config).network
+    weights = {name: value.numpy() + rng.normal(0, 0.05, value.shape).astype(np.float32)
+               for name, value in network.state_dict().items()}  # fmt: skip
+    write_checkpoint(Checkpoint(spec, normalizers, config), folder)
+    write_tensors(folder / "model.safetensors", weights)
+    return folder, {graph.name: graph for graph in export_checkpoint(folder)}

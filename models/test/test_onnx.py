@@ -30,7 +30,7 @@ from vla_models.policy import ArmState, InferenceRequest, PolicyObservation
 data = np.load(sys.argv[2])
 policy = vla_models.load(sys.argv[1], runtime="onnx")
 observation = PolicyObservation({name: data[name] for name in ("scene", "wrist")},
-                                {"arm": ArmState(data["joints"], data["tool"], 0.4)}, "pick the red")
+                                {"arm": ArmState(data["joints"], data["tool"], 0.4)}, "take the red")
 for mode in ("", "guided", "prefix"):
     request = InferenceRequest(data["remainder"], delay=2, execution_horizon=3, guidance=mode, seed=5)
     np.testing.assert_allclose(policy.infer(observation, request).targets, data["targets_" + mode], atol=1e-5)
@@ -39,7 +39,7 @@ print("agrees")
 """
 
 
-def observe(spec, instruction="pick the red", seed=0):
+def observe(spec, instruction="take the red", seed=0):
     """Images that need resizing, and a state."""
     rng = np.random.default_rng(seed)
     joints = {arm: rng.normal(size=len(spec.joints.get(arm, range(7)))) for arm in spec.arms}
@@ -82,7 +82,7 @@ def test_guidance_parameters_reach_the_graph(pair, schedule):
     assert np.max(np.abs(one - other)) > 1e-3
 
 
-@pytest.mark.parametrize("instruction", ["red", "pick the blue", "the the the the the the"])
+@pytest.mark.parametrize("instruction", ["red", "take the blue", "the the the the the the"])
 def test_padding_of_the_instruction_is_masked_alike(pair, instruction):
     observation = observe(pair[0].spec, instruction)
     expected, found = (policy.infer(observation, InferenceRequest(seed=2)).targets for policy in pair)
@@ -160,7 +160,7 @@ def test_graphs_of_other_weights_are_refused(copy):
 def test_graphs_of_another_specification_are_refused(copy):
     text = (copy / "policy.json").read_text()
     (copy / "policy.json").write_text(text.replace('"horizon": 8', '"horizon": 9'))
-    with pytest.raises(CheckpointError, match=r"input 'x': expected shape \(1, 9, 10\), found \(1, 8, 10\)"):
+    with pytest.raises(CheckpointError, match=r"input 'x': expected shape \(1, 9, 7\), found \(1, 8, 7\)"):
         load_onnx(copy)
 
 
