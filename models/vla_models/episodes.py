@@ -77,14 +77,15 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
     }
     joints = {name: _joint_track(found["/joint_states"], robot, name, folder) for name in spec.arms}
     goals = {name: _goal_tracks(found["/safety_status"], name, spec.action_space.kind, folder) for name in spec.arms}
-    tracks = [*images.values(), *joints.values(), *(track for pair in goals.values() for track in pair)]
-    first, last = max(track.oldest for track in tracks), max(g[0].newest for g in goals.values())
+    commands = [track for pair in goals.values() for track in pair]
+    first = max(track.oldest for track in (*joints.values(), *commands))
+    last = max(track.newest for track in commands)
     stamps = sorted({stamp for topic in topics[next(iter(spec.cameras))] for stamp, _ in found[topic]})
+    end = min(track.newest for track in (*joints.values(), *commands))
     ticks = [
         t
         for t in stamps
-        if first <= t <= min(last, *(track.newest for track in joints.values()))
-        and all(abs(track.nearest(t).stamp - t) <= LARGEST_SKEW for track in images.values())
+        if first <= t <= end and all(abs(track.nearest(t).stamp - t) <= LARGEST_SKEW for track in images.values())
     ]
     if not ticks:
         raise DataError(f"bag {folder}: no time at which all of cameras, joints and safety status are there")

@@ -1,0 +1,168 @@
+"""Training: it learns, resumes exactly, stops when told, refuses what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import vla_models  # noqa: E402
+from vla_models.data import Dataset, fit_normalizers, split, vocabulary  # noqa: E402
+from vla_models.episodes import DataError  # noqa: E402
+from vla_models.policy import (  # noqa: E402
+    ArmState,
+    CheckpointError,
+    InferenceRequest,
+    PolicyError,
+    PolicyObservation,
+)
+from vla_models.preprocess import Processor  # noqa: E402
+from vla_models.train import TrainConfig, main, make_spec, make_train_config, parse_settings, train  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(tiny, recipe, **changes):
+    return TrainConfig(**({"batch": 16, "lr": 3e-3, "warmup": 5, "shift": 0, "jitter": 0.0, "interval": 20,
+                           "average": 0.9, "validation": 0.2, "network": tiny[recipe]} | changes))  # fmt: skip
+
+
+def observation(episode, tick=0):
+    state = {"arm": ArmState(episode.anchor[tick][:7], episode.anchor[tick][:7], episode.anchor[tick][7])}
+    return PolicyObservation({"scene": episode.images["scene"][tick]}, state, episode.instruction)
+
+
+def test_flow_learns_to_go_to_the_square_that_the_instruction_names(spec_of, episodes_of, tiny, tmp_path):
+    spec = spec_of("flow", vocabulary=())
+    network = tiny["flow"] | {"channels": (16, 24), "blocks": (1, 1)}
+    config = config_of(tiny, "flow", batch=24, interval=400, lr=4e-3, network=network)
+    policy = train("flow", episodes_of(spec, 40, 4), spec, config, tmp_path, steps=220, quiet=True)
+    unseen = episodes_of(spec, 8, seed=99)
+    moves = [policy.infer(observation(e), InferenceRequest(seed=1)).targets[-1, 1] - e.anchor[0, 1] for e in unseen]
+    wanted = [e.targets[0, -1, 1] - e.anchor[0, 1] for e in unseen]
+    np.testing.assert_allclose(moves, wanted, atol=0.05)
+
+
+def test_act_overfits_a_few_samples(spec_of, episodes_of, tiny, tmp_path):
+    spec = spec_of("act", vocabulary=())
+    episodes = [e for e in episodes_of(spec, 8) if e.instruction.startswith("take the red")]
+    network = tiny["act"] | {"dropout": 0.0}
+    config = config_of(tiny, "act", interval=400, validation=0.0, network=network)
+    policy = train("act", episodes, spec, config, tmp_path, steps=200, quiet=True)
+    for episode in episodes:
+        got = policy.infer(observation(episode)).targets
+        np.testing.assert_allclose(got[:, 1], episode.targets[0][:, 1], atol=0.03)
+
+
+@pytest.mark.parametrize("recipe", ["flow", "act"])
+def test_resumed_training_equals_an_uninterrupted_one(spec_of, episodes_of, tiny, tmp_path, recipe):
+    spec = spec_of(recipe, vocabulary=())
+    episodes, config = episodes_of(spec, 5, 4), config_of(tiny, recipe, batch=4, shift=2, jitter=0.2)
+    whole = train(recipe, episodes, spec, config, tmp_path / "whole", 10, quiet=True)
+    asked = []
+    train(recipe, episodes, spec, config, tmp_path / "parts", 10, quiet=True,
+          stop=lambda: asked.append(1) or len(asked) > 4)  # fmt: skip
+    assert json.loads((tmp_path / "parts/policy.json").read_text())["facts"]["steps"] == 4
+    parts = train(recipe, episodes, spec, config, tmp_path / "parts", 10, resume=True, quiet=True)
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, parts.network.state_dict()[name]), name
+
+
+def test_training_writes_a_loadable_checkpoint_a_log_and_a_plot(spec_of, episodes_of, tiny, tmp_path):
+    spec = spec_of("flow", vocabulary=())
+    episodes = episodes_of(spec, 5, 4)
+    policy = train("flow", episodes, spec, config_of(tiny, "flow", interval=2), tmp_path, steps=4, quiet=True)
+    lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"lr", "elapsed", "train_loss", "validation_loss"} <= set(lines[0])
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*tmp"))
+    request = InferenceRequest(seed=1)
+    loaded = vla_models.load(tmp_path)
+    np.testing.assert_array_equal(loaded.infer(observation(episodes[0]), request).targets,
+                                  policy.infer(observation(episodes[0]), request).targets)  # fmt: skip
+    facts = json.loads((tmp_path / "policy.json").read_text())["facts"]
+    assert (facts["episodes"], facts["validation_episodes"]) == (4, 1)
+
+
+def test_training_by_time_ends_in_time_with_the_schedule_at_its_end(spec_of, episodes_of, tiny, tmp_path):
+    spec = spec_of("flow", vocabulary=())
+    config = config_of(tiny, "flow", batch=2, interval=10_000)
+    train("flow", episodes_of(spec, 4, 4), spec, config, tmp_path, steps=1, minutes=2.0 / 60, quiet=True)
+    last = json.loads((tmp_path / "policy.json").read_text())["facts"]["last"]
+    assert last["step"] > 1 and last["lr"] < 0.05 * config.lr
+
+
+def test_resuming_with_other_settings_or_a_broken_state_is_refused(spec_of, episodes_of, tiny, tmp_path):
+    spec = spec_of("flow", vocabulary=())
+    episodes, config = episodes_of(spec, 4, 4), config_of(tiny, "flow", batch=2)
+    train("flow", episodes, spec, config, tmp_path, 1, quiet=True)
+    with pytest.raises(CheckpointError, match=r"other settings: \['period'\]"):
+        train(
+            "flow", episodes, spec_of("flow", vocabulary=(), period=0.1), config, tmp_path, 2, resume=True, quiet=True
+        )
+    state = tmp_path / "train_state.safetensors"
+    state.write_bytes(state.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match="train_state.safetensors: cut short"):
+        train("flow", episodes, spec, config, tmp_path, 2, resume=True, quiet=True)
+
+
+def test_batches_come_through_the_preprocessing_of_use(spec_of, episodes_of, tiny):
+    spec = spec_of("flow")
+    episodes = episodes_of(spec, 4)
+    processor = Processor(spec, fit_normalizers(episodes, spec, {"state": "mean_std", "action": "min_max"}))
+    batch = Dataset(episodes, processor).batch([3])
+    inputs, anchor = processor.inputs(observation(episodes[0], 3))
+    image = np.moveaxis(batch["camera/scene"], -1, 1).astype(np.float32) / np.float32(255.0)
+    np.testing.assert_array_equal(image, inputs.images[0])
+    np.testing.assert_array_equal(batch["tokens"], inputs.tokens)
+    np.testing.assert_allclose(batch["state"], inputs.state, atol=1e-6)
+    np.testing.assert_allclose(processor.targets(batch["actions"][0], anchor), episodes[0].targets[3], atol=1e-6)
+
+
+def test_draws_depend_on_seed_and_step_only(spec_of, episodes_of):
+    spec = spec_of("flow")
+    episodes = episodes_of(spec, 4)
+    processor = Processor(spec, fit_normalizers(episodes, spec, {"state": "mean_std", "action": "mean_std"}))
+    dataset = Dataset(episodes, processor, shift=3)
+    first, again, other = dataset.draw(6, 1, 5), dataset.draw(6, 1, 5), dataset.draw(6, 1, 6)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["camera/scene"], other["camera/scene"])
+
+
+def test_split_is_by_episode_and_keeps_all(spec_of, episodes_of):
+    episodes = episodes_of(spec_of("flow"), 10, 2)
+    training, held = split(episodes, 0.2, seed=1)
+    assert (len(training), len(held)) == (8, 2)
+    assert {e.name for e in training} | {e.name for e in held} == {e.name for e in episodes}
+
+
+def test_one_instruction_for_all_needs_no_vocabulary(spec_of, episodes_of):
+    episodes = episodes_of(spec_of("flow"), 4)
+    assert vocabulary(episodes[:1]) == () and vocabulary(episodes) == ("", "blue", "cube", "red", "take", "the")
+
+
+def test_settings_nest_by_dots_and_unknown_ones_are_refused():
+    config = make_train_config("flow", parse_settings(["batch=8", "network.samples=4", "cameras.scene=[48, 64]"]))
+    assert (config.batch, config.network, config.steps) == (8, {"samples": 4}, 5)
+    assert make_spec(config, "flow", "x").cameras == {"scene": (48, 64)}
+    with pytest.raises(PolicyError, match="unknown settings.*bach"):
+        make_train_config("flow", {"bach": 1})
+
+
+@pytest.mark.parametrize(("recipe", "robot"), [("flow", "panda"), ("act", "aloha")])
+def test_recipes_state_defaults_that_fit_a_shipped_robot(recipe, robot):
+    spec = make_spec(make_train_config(recipe, {}), recipe, "x")
+    assert spec.robot == robot and spec.horizon * spec.period >= 1.6
+
+
+def test_a_folder_without_bags_ends_the_command_with_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="expected finished bags"):
+        main(["--recipe", "flow", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert issubclass(DataError, ValueError)
