@@ -34,8 +34,10 @@ class BagInfo:
 
 
 def find(parent: str | os.PathLike) -> list[Path]:
-    """The finished bags below `parent` (which may be one itself), sorted by path."""
-    return sorted(path.parent for path in Path(parent).expanduser().rglob(FILE_NAME))
+    """The finished bags below `parent` (which may be one itself), sorted by path; hidden folders are left out."""
+    parent = Path(parent).expanduser()
+    found = (path.parent for path in parent.rglob(FILE_NAME))
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(parent).parts))
 
 
 def info(folder: str | os.PathLike) -> BagInfo:
