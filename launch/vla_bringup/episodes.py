@@ -62,7 +62,7 @@ class EpisodeRunner:
 
     def __enter__(self) -> EpisodeRunner:
         self._context = rclpy.Context()
-        rclpy.init(context=self._context)
+        rclpy.init(args=[], context=self._context)
         self.node = Node(
             "episode_runner",
             context=self._context,
