@@ -2,7 +2,7 @@
 
     ./vla bench latency [seconds:=20] [cameras:=2] [out:=FILE]
 
-Two 640x480 cameras at 30 Hz and joint states at 100 Hz (one process, wall-clock stamps, the images as random bytes
+Two 640x480 cameras at 30 Hz and joint states at 101 Hz (one process, wall-clock stamps, the images as random bytes
 made beforehand) feed observation_node; a policy process that answers every observation at once with a chunk that keeps
 the arm where it is; chunk_executor_node (strategy naive) and safety_controller_node at 100 Hz. The policy process hears
 everything and takes the times:
@@ -37,6 +37,9 @@ PROFILE = ROOT / "launch" / "dds_profile.xml"
 STAGES = ("observation", "chunk", "command", "joint targets")
 NAMES = ("policy", "observation", "executor", "controller", "cameras")
 WIDTH, HEIGHT, RATE = 640, 480, 30.0
+#: Of the joint states, s: not quite 10 ms, so that their phase against the 100 Hz of the executor and the controller
+#: runs through all values.
+JOINT_PERIOD = 0.0099
 #: First seconds of a graph that runs, not counted.
 SETTLE = 2.0
 #: Longest time until the first command, s.
@@ -51,8 +54,10 @@ def play_cameras(robot_path: str) -> None:
     import rclpy
     from rclpy.node import Node
     from sensor_msgs.msg import Image, JointState
+    from vla_core.memory import keep_freed_memory
     from vla_core.robot import load_robot
 
+    keep_freed_memory()
     robot = load_robot(robot_path)
     rclpy.init()
     node = Node("latency_cameras")
@@ -68,18 +73,17 @@ def play_cameras(robot_path: str) -> None:
     image = Image(width=WIDTH, height=HEIGHT, encoding="rgb8", step=3 * WIDTH)
     ticks, images, begin = 0, 0, time.monotonic()
     while rclpy.ok():
-        time.sleep(max(0.0, begin + ticks * 0.01 - time.monotonic()))
-        ticks += 1
-        joints.header.stamp = node.get_clock().now().to_msg()
+        time.sleep(max(0.0, begin + ticks * JOINT_PERIOD - time.monotonic()))
+        joints.header.stamp = image.header.stamp = node.get_clock().now().to_msg()
         joints_publisher.publish(joints)
-        # Images right after the joint states that are due with or after them, as a simulator or a driver has them.
-        if (ticks - 1) * 0.01 >= images / RATE:
+        # As in the simulator an image belongs to a control period: its joint states are out before it.
+        if ticks * JOINT_PERIOD >= images / RATE:
             for publisher, camera in zip(publishers, robot.cameras, strict=True):
                 image.header.frame_id = camera.frame
-                image.header.stamp = joints.header.stamp
                 image.data = pictures[images % len(pictures)]
                 publisher.publish(image)
             images += 1
+        ticks += 1
 
 
 def answer_and_measure(out: str) -> None:
@@ -88,9 +92,11 @@ def answer_and_measure(out: str) -> None:
     from rclpy.executors import ExternalShutdownException
     from rclpy.node import Node
     from rclpy.qos import DurabilityPolicy, QoSProfile
+    from vla_core.memory import keep_freed_memory
     from vla_core.time import seconds
     from vla_msgs.msg import ActionChunk, ActionTrajectory, Command, Observation, PolicyStatus, SafetyStatus
 
+    keep_freed_memory()
     horizon = 16
     times: dict[int, dict[str, float]] = {}
     running = Path(out).with_suffix(".running")

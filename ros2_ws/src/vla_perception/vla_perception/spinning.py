@@ -8,6 +8,7 @@ from collections.abc import Callable
 import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from vla_core.memory import keep_freed_memory
 
 
 def spin(make_node: Callable[[], Node], args: list[str] | None = None) -> None:
@@ -17,6 +18,7 @@ def spin(make_node: Callable[[], Node], args: list[str] | None = None) -> None:
     with exit status 1. The executor is rclpy's single-threaded one: its events executor, as the wheels of Kilted
     have it, keeps half a core busy with nothing to do and hangs at the end.
     """
+    keep_freed_memory()
     rclpy.init(args=args)
     try:
         try:
