@@ -174,7 +174,10 @@ class PolicyNode(LifecycleNode):
                     return
                 request, self._request = self._request, None
                 observation = self._chosen(request)
-            self.chunk_publisher.publish(self._answer(request, observation))
+            answer = self._answer(request, observation)
+            if self._closing or not self.context.ok():
+                return
+            self.chunk_publisher.publish(answer)
 
     def _take_observation(self) -> bool:
         """True when a request waits and a fresh enough observation is there to answer it from."""
@@ -245,8 +248,7 @@ def main() -> None:
         node = PolicyNode()
         executor = MultiThreadedExecutor(num_threads=2)
         executor.add_node(node)
-        if node.autostart:
-            node.trigger_configure()
+        if node.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             node.trigger_activate()
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
