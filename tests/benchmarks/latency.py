@@ -202,9 +202,7 @@ def run(robot: Path, seconds: float, profile: bool, folder: Path) -> dict:
     ]
     log = folder / f"nodes_{'profile' if profile else 'defaults'}.log"
     with log.open("w") as stream:
-        processes = [
-            subprocess.Popen(c, env=environment, stdout=stream, stderr=subprocess.STDOUT) for c in commands
-        ]
+        processes = [subprocess.Popen(c, env=environment, stdout=stream, stderr=subprocess.STDOUT) for c in commands]
         try:
             deadline = time.monotonic() + START
             while not running.exists():

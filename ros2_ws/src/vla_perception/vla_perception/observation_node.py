@@ -32,8 +32,8 @@ from vla_perception.observation import ObservationSampler
 from vla_perception.spinning import spin
 from vla_perception.transforms import TransformBuffer, TransformError
 
-#: Period of the tool poses on /tf, s.
-_TF_PERIOD = 1 / 30
+#: Least time between two tool poses on /tf, s: with every other call of the timer.
+_TF_PERIOD = 0.025
 
 
 class ObservationNode(Node):
@@ -90,9 +90,6 @@ class ObservationNode(Node):
             stamp = seconds(message.header.stamp)
             self._sampler.add_joints(stamp, message.name, message.position, message.velocity, now)
             self._emit(now)
-            if self._publish_tool_tf and not 0 <= stamp - self._sent_tf < _TF_PERIOD:
-                self._sent_tf = stamp
-                self._send_tool_tf()
 
     def _emit(self, now: float) -> None:
         sample = self._sampler.sample(now)
@@ -103,17 +100,17 @@ class ObservationNode(Node):
         robot = self._robot
         self._observations.publish(observation_message(sample, robot.name, robot.base_frame, self._sequence))
 
-    def _send_tool_tf(self) -> None:
-        base = self._robot.base_frame
+    def _send_tool_tf(self, now: float) -> None:
+        """Not with the joint states, which an image may be waiting behind."""
+        if 0 <= now - self._sent_tf < _TF_PERIOD:
+            return
         poses = self._sampler.tool_poses()
-        self._tf.publish(
-            TFMessage(
-                transforms=[
-                    transform_stamped(base, self._robot.arm(arm).tool.frame, to_time(stamp), T)
-                    for arm, (stamp, T) in poses.items()
-                ]
-            )
-        )
+        if not poses:
+            return
+        self._sent_tf = now
+        base, tools = self._robot.base_frame, {arm.name: arm.tool.frame for arm in self._robot.arms}
+        transforms = [transform_stamped(base, tools[arm], to_time(stamp), T) for arm, (stamp, T) in poses.items()]
+        self._tf.publish(TFMessage(transforms=transforms))
 
     def _on_transforms(self, static: bool, message: TFMessage) -> None:
         for t in message.transforms:
@@ -133,10 +130,12 @@ class ObservationNode(Node):
         return response
 
     def _watch(self) -> None:
-        """Tell of changes at once, and of everything once a second."""
+        """Publish the tools, and what is wrong: changes at once, and everything once a second."""
         now = self._now()
         if now <= 0.0:
             return
+        if self._publish_tool_tf:
+            self._send_tool_tf(now)
         faults = self._sampler.faults(now)
         kinds = {name: fault.partition(":")[0] for name, fault in faults.items()}
         changed = {name for name, kind in kinds.items() if self._faults.get(name, "") != kind}

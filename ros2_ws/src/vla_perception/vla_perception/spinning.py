@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,9 @@ def spin(make_node: Callable[[], Node], args: list[str] | None = None) -> None:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        # What is alive now stays alive: collections then look at little, and hold up no image.
+        gc.collect()
+        gc.freeze()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         executor.spin()
