@@ -18,6 +18,7 @@ from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from std_msgs.msg import String
+from vla_core.memory import keep_freed_memory
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import ActionChunk, ChunkRequest, Observation, PolicyStatus, StageTiming
@@ -242,6 +243,7 @@ class PolicyNode(LifecycleNode):
 
 
 def main() -> None:
+    keep_freed_memory()
     rclpy.init()
     node = None
     try:

@@ -19,6 +19,7 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
+from vla_core.memory import keep_freed_memory
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import EpisodeEvent
@@ -158,6 +159,7 @@ class MujocoNode(Node):
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the executable."""
+    keep_freed_memory()
     rclpy.init(args=args)
     try:
         MujocoNode().run()
