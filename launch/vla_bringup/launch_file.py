@@ -26,6 +26,8 @@ import yaml
 
 #: Time between SIGINT, SIGTERM and SIGKILL when the launch ends, s.
 ESCALATION = (6.0, 4.0)
+#: Time for processes that end by themselves before they are told to, s.
+GRACE = 0.5
 
 
 class LaunchError(ValueError):
@@ -325,10 +327,11 @@ class Launch:
 
     def __enter__(self) -> Launch:
         for process in self.processes:
-            # A group of its own: Ctrl-C reaches this runner only, which then ends everyone in order.
+            # In the terminal's own process group, as with `ros2 launch`: a keyboard device can read the terminal,
+            # and Ctrl-C reaches every node at once.
             process.popen = subprocess.Popen(
                 process.command, env=process.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, text=True, bufsize=1, start_new_session=True,
+                stdin=subprocess.DEVNULL, text=True, bufsize=1,
             )  # fmt: skip
             threading.Thread(target=self._pump, args=(process,), daemon=True).start()
         return self
@@ -361,21 +364,21 @@ class Launch:
 
     def stop(self) -> None:
         """End every process: SIGINT, then SIGTERM, then SIGKILL."""
-        signals = [(signal.SIGINT, ESCALATION[0]), (signal.SIGTERM, ESCALATION[1]), (signal.SIGKILL, 2.0)]
-        for number, patience in signals:
-            alive = [p for p in self.processes if p.popen and p.popen.poll() is None]
-            if not alive:
-                return
-            for process in alive:
+        self._await(GRACE)  # those that Ctrl-C has reached already are ending
+        for number, patience in zip((signal.SIGINT, signal.SIGTERM, signal.SIGKILL), (*ESCALATION, 2.0)):
+            for process in self._alive():
                 if number != signal.SIGINT:
                     self.output("launch", f"{process.name} is still running: {number.name}")
-                try:
-                    os.killpg(process.popen.pid, number)
-                except ProcessLookupError:
-                    pass
-            deadline = time.monotonic() + patience
-            while time.monotonic() < deadline and any(p.popen.poll() is None for p in alive):
-                time.sleep(0.05)
+                process.popen.send_signal(number)
+            self._await(patience)
+
+    def _alive(self) -> list[Process]:
+        return [p for p in self.processes if p.popen and p.popen.poll() is None]
+
+    def _await(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while self._alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def parse_arguments(arguments: list[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Success of a shipped policy through the whole graph in real time, and whether it reads its instruction.
 
-    ./vla bench policy                              50 seeds never trained on, then the same scenes with each object named
-    ./vla bench policy --robot aloha --scenes 0     success only
+    ./vla bench policy                            50 unseen seeds, then the same scenes with each object named
+    ./vla bench policy robot:=aloha scenes:=0     success only
 
 Scenes of the second part are the same for every named object: a policy that ignores its instruction would do the same
 thing in all of them.
