@@ -125,7 +125,7 @@ class Processor:
             from vla_execution.rtc import prefix_weights
 
             # Beyond the remainder there is only padding: guide no further.
-            horizon = max(request.execution_horizon, spec.horizon - length)
+            horizon = min(max(request.execution_horizon, spec.horizon - length), spec.horizon)
             delay = min(max(request.delay, 0), spec.horizon)
             weights = prefix_weights(spec.horizon, delay, horizon, request.schedule).astype(np.float32)
         known = np.arange(spec.horizon) < min(max(request.delay, 0), length, spec.prefix_limit)

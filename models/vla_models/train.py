@@ -458,6 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"train: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train: interrupted")
     print(f"{given.out}: saved{' (interrupted)' if stopped else ''}")
 
 
@@ -472,8 +474,13 @@ def _check_resumed(saved: Checkpoint, spec: PolicySpec, recipe: str) -> None:
 
 def _open_log(path: Path, step: int) -> Any:
     """The log for appending; lines at or after `step` (of an interrupted or older training) are dropped."""
-    lines = path.read_text().splitlines() if path.is_file() and step else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() and step else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # a line that a crash cut short
     write_atomically(path, "".join(line + "\n" for line in kept).encode())
     return open(path, "a")
 
