@@ -1,6 +1,8 @@
 """Training: it learns, resumes exactly, stops when told, refuses what does not fit."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,12 +93,14 @@ def test_training_writes_a_loadable_checkpoint_a_log_and_a_plot(spec_of, episode
     assert (facts["episodes"], facts["validation_episodes"]) == (4, 1)
 
 
-def test_training_by_time_ends_in_time_with_the_schedule_at_its_end(spec_of, episodes_of, tiny, tmp_path):
-    spec = spec_of("flow", vocabulary=())
-    config = config_of(tiny, "flow", batch=2, interval=10_000)
-    train("flow", episodes_of(spec, 4, 4), spec, config, tmp_path, steps=1, minutes=2.0 / 60, quiet=True)
+def test_training_by_time_ends_in_time_with_the_schedule_at_its_end(spec_of, episodes_of, tiny, tmp_path, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr("vla_models.train.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    spec, config = spec_of("flow", vocabulary=()), config_of(tiny, "flow", batch=2)
+    train("flow", episodes_of(spec, 4, 4), spec, config, tmp_path, steps=1, minutes=6 / 60, quiet=True)
     last = json.loads((tmp_path / "policy.json").read_text())["facts"]["last"]
-    assert last["step"] > 1 and last["lr"] < 0.05 * config.lr
+    assert (last["step"], last["elapsed"]) == (6, 6.0)
+    assert last["lr"] == pytest.approx(0.01 * config.lr)
 
 
 def test_resuming_with_other_settings_or_a_broken_state_is_refused(spec_of, episodes_of, tiny, tmp_path):
