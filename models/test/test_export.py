@@ -13,6 +13,8 @@ from vla_models.runtime_onnx import Graph, ProviderOptions
 from vla_models.safetensors_index import index_tensors
 from vla_models.torch_policy import TorchPolicy, load_torch
 
+#: The exporter, half a minute on two idle cores, may meet a busy machine.
+pytestmark = pytest.mark.timeout(900)
 GRAPHS = ["encoder", "velocity", "velocity_guided", "velocity_prefix", "policy"]
 
 
