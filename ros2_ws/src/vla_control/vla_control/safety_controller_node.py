@@ -154,6 +154,8 @@ class SafetyControllerNode(Node):
                 velocity += [0.0] * len(fingers)
             message.name = [*arm.joints, *self._fingers[name]]
             message.position, message.velocity = position, velocity
+            # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
+            message.effort = [0.0] * len(message.name)
             self.target_publishers[name].publish(message)
         self.status_publisher.publish(self._status(decision, stamp_message, elapsed))
         if not math.isnan(elapsed):

@@ -45,7 +45,6 @@ class Graph:
         for kind, topic, qos in (
             (JointState, "/joint_states", 10),
             (Clock, "/clock", qos_profile_sensor_data),
-            (TFMessage, "/tf", 10),
             (Image, "/camera/scene/image_raw", 5),
             (Image, "/camera/wrist/image_raw", 5),
             (CameraInfo, "/camera/scene/camera_info", 5),
@@ -118,11 +117,6 @@ def test_camera_info_belongs_to_an_image(graph):
     info = graph.heard["/camera/scene/camera_info"][-1]
     assert info.k[0] == pytest.approx(info.p[0]) and info.k[0] > 0
     assert (info.width, info.height) == (320, 240)
-
-
-def test_tool_transform_is_published(graph):
-    transform = graph.heard["/tf"][-1].transforms[0]
-    assert (transform.header.frame_id, transform.child_frame_id) == ("world", "arm_tool")
 
 
 def test_reset_gives_the_instruction_and_an_event(graph):

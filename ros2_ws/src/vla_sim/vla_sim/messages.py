@@ -29,6 +29,8 @@ def stamp(time: float) -> Time:
 def joint_state(time: float, names: Sequence[str], position: np.ndarray, velocity: np.ndarray) -> JointState:
     message = JointState(name=list(names))
     message.position, message.velocity = np.asarray(position).tolist(), np.asarray(velocity).tolist()
+    # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
+    message.effort = [0.0] * len(message.name)
     message.header.stamp = stamp(time)
     return message
 

@@ -18,7 +18,6 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
-from tf2_msgs.msg import TFMessage
 from vla_core.memory import keep_freed_memory
 from vla_core.robot import load_robot
 from vla_core.time import seconds
@@ -47,7 +46,6 @@ class MujocoNode(Node):
         self.world: World = make_world(robot, task or None)
         self._joint_states = self.create_publisher(JointState, "/joint_states", 10)
         self._clock_topic = self.create_publisher(ClockMessage, "/clock", BEST_EFFORT)
-        self._tf = self.create_publisher(TFMessage, "/tf", 100)
         self._events = self.create_publisher(EpisodeEvent, "/episode_events", 50)
         self._instruction = self.create_publisher(String, "/instruction", LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
@@ -89,8 +87,6 @@ class MujocoNode(Node):
         self.world.step()
         now = self.world.time
         self._joint_states.publish(messages.joint_state(now, *self.world.joint_state()))
-        arms = self.world.robot.arms
-        self._tf.publish(TFMessage(transforms=[messages.tool_transform(self.world, arm, now) for arm in arms]))
         self._clock_topic.publish(ClockMessage(clock=messages.stamp(now)))
         for camera in self.world.robot.cameras:
             if now >= self._due[camera.name] - 1e-9:
