@@ -15,7 +15,6 @@ from rclpy.node import Node  # noqa: E402
 from rclpy.qos import qos_profile_sensor_data  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, JointState  # noqa: E402
-from tf2_msgs.msg import TFMessage  # noqa: E402
 from vla_msgs.msg import EpisodeEvent  # noqa: E402
 from vla_msgs.srv import ResetWorld  # noqa: E402
 
