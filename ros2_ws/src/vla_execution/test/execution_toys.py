@@ -57,7 +57,7 @@ class ToyController:
 
 
 class ToyPolicy:
-    """Follows `way`, seen from the observation; `spread` (m) is how far each new chunk strays sideways.
+    """Follows `way` on from the `phase` (s) it has reached; `spread` (m) is how far each new chunk strays sideways.
 
     Guided as an ideal sampler would be: mixes the remainder and its own mind by the soft mask.
     """
@@ -65,8 +65,8 @@ class ToyPolicy:
     def __init__(self, way=path, spread=0.0, seed=0):
         self.way, self.spread, self.rng = way, spread, np.random.default_rng(seed)
 
-    def infer(self, request, observed):
-        times = observed + PERIOD * np.arange(HORIZON)
+    def infer(self, request, observed, phase):
+        times = phase + PERIOD * np.arange(HORIZON)
         targets = np.array([self.way(t) for t in times])
         targets[:, 1] += self.spread * self.rng.choice([-1, 1])
         plan = request.plan
@@ -118,9 +118,14 @@ class Run:
             if self.policy is not None:
                 delay = self.delay(request.id)
                 if delay is not None:
-                    self.pending.append((now + delay, self.policy.infer(request, now - self.age)))
+                    observed = now - self.age
+                    self.pending.append((now + delay, self.policy.infer(request, observed, self.phase(observed))))
         self.controller.step(command)
         self.now = round(now + 0.01, 9)
+
+    def phase(self, time):
+        """Time for which plans were executed until `time`, s."""
+        return max(time, 0.0) - self.executor._standstill.within(0.0, max(time, 0.0))
 
     @property
     def steps(self):

@@ -76,7 +76,7 @@ class Graph(Node):
 
 @pytest.fixture
 def start():
-    """start(**parameters) -> (node, graph, wait): wait(condition) spins until it holds, at most 5 s."""
+    """start(**parameters) -> (node, graph, wait): wait(condition) spins until it holds, at most 30 s."""
     rclpy.init(domain_id=15)
     executor, nodes = SingleThreadedExecutor(), []
 
@@ -90,7 +90,7 @@ def start():
 
     def wait(condition, least=0.0):
         begin = time.monotonic()
-        while time.monotonic() - begin < 5.0:
+        while time.monotonic() - begin < 30.0:
             executor.spin_once(timeout_sec=0.02)
             if time.monotonic() - begin >= least and condition():
                 return True
@@ -201,7 +201,7 @@ def test_nothing_is_sent_while_disarmed(start):
 
 def test_requests_of_rtc_carry_the_remainder(start):
     node, graph, wait = start(strategy="rtc_guided", schedule="linear", beta=3.0)
-    assert wait(lambda: len(graph.requests) >= 3)
+    assert wait(lambda: graph.requests and graph.requests[-1].guidance)
     first, request = graph.requests[0], graph.requests[-1]
     assert first.remainder.horizon == 0 and first.guidance == ""
     assert (request.guidance, request.schedule, request.beta) == ("guided", "linear", 3.0)

@@ -18,7 +18,7 @@ def test_a_policy_of_one_mind_is_followed_without_steps_or_gaps(strategy, delay)
     assert not run.refusals
     assert run.executor.metrics.empty_ticks == 0
     settled = np.array(run.controller.log)[100:]
-    wanted = np.array([path(0.01 * (k - 1)) for k in range(100, 400)])
+    wanted = np.array([path(run.phase(0.01 * (k - 1))) for k in range(100, 400)])
     # Chords of 50 ms between actions and, for the remainder, of chords again.
     np.testing.assert_allclose(settled[:, :3], wanted[:, :3], atol=2e-3)
     assert max(run.executor.metrics.boundary_translation[1:]) < 1e-3
@@ -34,7 +34,7 @@ def test_the_gripper_changes_once_and_only_between_its_decisions(strategy):
 
 @pytest.mark.parametrize("strategy", ["rtc_guided", "rtc_trained"])
 @settings(max_examples=8, deadline=None)
-@given(delay=st.floats(0.0, 0.45), age=st.floats(0.0, 0.08), seed=st.integers(0, 99))
+@given(delay=st.floats(0.0, 0.4), age=st.floats(0.0, 0.08), seed=st.integers(0, 99))
 def test_rtc_joins_chunks_of_a_policy_of_two_minds(strategy, delay, age, seed):
     spread = 0.02
     rtc = Run(strategy, delay, ToyPolicy(spread=spread, seed=seed), observation_age=age).until(3.0)
@@ -72,24 +72,55 @@ def test_synchronous_stands_still_while_the_policy_thinks():
     assert run.executor.metrics.empty_ticks > 100
 
 
+class Remembering(ToyPolicy):
+    """Keeps what it answered."""
+
+    def __init__(self):
+        super().__init__()
+        self.chunks = []
+
+    def infer(self, request, observed, phase):
+        self.chunks.append(super().infer(request, observed, phase))
+        return self.chunks[-1]
+
+
+def until_chunk(run, number):
+    """Run to the tick that put chunk `number` in force; its time (s)."""
+    while run.executor.metrics.chunks < number:
+        run.tick()
+    return run.now - 0.01
+
+
 @settings(max_examples=8, deadline=None)
-@given(delay=st.floats(0.0, 0.6), age=st.floats(0.0, 0.1))
+@given(delay=st.floats(0.0, 0.4), age=st.floats(0.0, 0.1))
 def test_exactly_the_actions_that_fell_due_meanwhile_are_dropped(delay, age):
     """The first command of a chunk leads to where the chunk wants the arm now, not to its first action."""
-
-    class Ramp(ToyPolicy):
-        def infer(self, request, observed):
-            self.chunks = [*getattr(self, "chunks", []), super().infer(request, observed)]
-            return self.chunks[-1]
-
-    run = Run("naive", delay, Ramp(), observation_age=age)
-    while not run.executor.metrics.chunks:
-        run.tick()
-    chunk, now = run.policy.chunks[0], run.now - 0.01
-    np.testing.assert_allclose(run.executor.strategy.target(now), path(now), atol=1e-3)
+    run = Run("naive", delay, Remembering(), observation_age=age)
+    now = until_chunk(run, 3)
+    chunk = run.policy.chunks[2]
+    np.testing.assert_allclose(run.executor.strategy.target(now), chunk.at(now), atol=1e-12)
+    assert run.executor.metrics.delay[2] == pytest.approx(now - chunk.observed, abs=1e-9)
     # Arrivals are seen at the next tick.
-    assert run.executor.metrics.delay[0] == pytest.approx(now - chunk.observed, abs=1e-9)
     assert 0 <= now - (chunk.observed + age + delay) < 0.011
+
+
+@settings(max_examples=8, deadline=None)
+@given(delay=st.floats(0.0, 1.2), age=st.floats(0.0, 0.1))
+def test_from_rest_a_chunk_begins_with_its_first_action(delay, age):
+    """Nothing was consumed while the arm stood still, however long the policy thought."""
+    run = Run("naive", delay, Remembering(), observation_age=age)
+    now = until_chunk(run, 1)
+    np.testing.assert_allclose(run.executor.strategy.target(now), run.policy.chunks[0].targets[0], atol=1e-12)
+
+
+def test_after_a_gap_the_plan_goes_on_where_execution_ended():
+    run = Run("naive", lambda number: 0.1 if number < 3 else 0.9, Remembering())
+    now = until_chunk(run, 3)
+    still = sum(run.holds[round(run.requests[2].stamp * 100) :])
+    assert still > 10
+    consumed = now - run.policy.chunks[2].observed - 0.01 * (still - 1)
+    expected = run.policy.chunks[2].at(run.policy.chunks[2].start + consumed)
+    np.testing.assert_allclose(run.executor.strategy.target(now)[:3], expected[:3], atol=1e-3)
 
 
 def test_the_request_states_the_measured_delay_from_the_observation():
@@ -145,14 +176,14 @@ def test_a_policy_that_continues_the_plan_exactly_leaves_no_boundary_step(strate
     class Stubborn(ToyPolicy):
         """Beyond the remainder it wants something else, so that an entry one step off would show."""
 
-        def infer(self, request, observed):
+        def infer(self, request, observed, phase):
             rest = request.plan.remainder
             self.way = straight
-            chunk = super().infer(request, observed)
+            chunk = super().infer(request, observed, phase)
             if rest is None:
                 return chunk
             targets = chunk.targets.copy()
-            times = observed + PERIOD * np.arange(HORIZON)
+            times = phase + PERIOD * np.arange(HORIZON)
             targets[: request.plan.delay, 0] = START[0] + 0.02 * times[: request.plan.delay]
             targets[request.plan.delay :, 2] += 0.01
             return replace(chunk, targets=targets)
@@ -189,7 +220,7 @@ def test_a_policy_that_runs_free_is_executed_too(strategy):
 
     for k in range(300):
         if k % 20 == 0:
-            run.pending.append((run.now + 0.1, policy.infer(Free, run.now)))
+            run.pending.append((run.now + 0.1, policy.infer(Free, run.now, run.phase(run.now))))
         run.tick()
     assert run.executor.metrics.chunks >= (2 if strategy == "synchronous" else 10)
     assert np.abs(np.array(run.controller.log)[-1, :3] - START[:3]).max() > 0.01

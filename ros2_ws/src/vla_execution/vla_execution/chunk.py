@@ -5,6 +5,8 @@ The time contract between executor and policy, in one place:
 - Action k of a chunk is due at `start` + k * `period`: at that time the robot's commanded goal shall be there. In
   training data action k is the goal at t + k * period, so a policy's chunk has start = `observed`, the reference
   time of the observation it was inferred from.
+- Actions are consumed by executing. While the arm stands still (before the first chunk, after the plan ran out) the
+  executor moves the due times of the chunk it waits for on by that time: from rest a chunk begins with action 0.
 - A request's remainder is the running plan on its own due times, absolute, from a little before the request (what
   was executed meanwhile) to its end. The policy samples it at the due times of the chunk to come, observed + k *
   period (`resampled`), so that entry k of the remainder and action k of the new chunk are due at the same time.

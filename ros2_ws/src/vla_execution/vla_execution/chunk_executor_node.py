@@ -5,6 +5,7 @@ All decisions are made by `vla_execution.executor.Executor`; this file turns mes
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 
 import rclpy
@@ -109,6 +110,10 @@ def main() -> None:
     try:
         node = ChunkExecutorNode()
         rclpy.spin(node)
+    except ValueError as error:
+        if node is not None:
+            raise
+        sys.exit(f"chunk_executor: {error}")  # a robot or a parameter that cannot be used
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:

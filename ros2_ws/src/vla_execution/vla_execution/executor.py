@@ -24,6 +24,7 @@ from vla_execution.chunk import ON_TIME, Chunk, ChunkRefused
 from vla_execution.delay import DelayEstimator
 from vla_execution.goal import ArmStatus, GoalPredictor, Status
 from vla_execution.metrics import Metrics
+from vla_execution.standstill import Standstill
 from vla_execution.strategies import ExecutionConfig, RequestPlan, make_strategy
 
 #: States of the safety controller in which commands are sent. While it brakes they are sent only if it was this
@@ -194,6 +195,11 @@ class Executor:
         Nothing is sent while the controller is not ready or its status is missing, and before the first chunk: the
         controller then holds by itself, and others may command.
         """
+        command = self._decide(now, status)
+        self._standstill.update(now, command is None or command.hold)
+        return command
+
+    def _decide(self, now: float, status: Status | None) -> ExecutorCommand | None:
         if now < self._now - CLOCK_JUMP:
             self.reset(now)
             self.delays.clear()
@@ -277,7 +283,13 @@ class Executor:
         if not warm_up:
             self.delays.record(max(now - chunk.observed, 0.0))
         self.metrics.append("delay", now - chunk.observed)
-        timed = self.strategy.retimed(chunk, now)
+        # What the arm did not execute it did not consume: due times move on by the time it stood still.
+        timed = chunk.shifted(chunk.start + self._standstill.within(chunk.observed, now))
+        if timed.end < now:
+            late = now - timed.end
+            raise ChunkRefused(f"due times: expected actions still to come, found the last due {late:.3f} s ago")
+        if timed.start > now + FUTURE:
+            raise ChunkRefused(f"due times: expected the first about now, found it due in {timed.start - now:.3f} s")
         after = timed.at(now)
         before = self.strategy.target(now)
         running = self.strategy.chunk
@@ -296,7 +308,8 @@ class Executor:
             self._oldest_id = chunk.id + 1
         self.metrics.chunks += 1
         self._chunk_number = chunk.id or self._chunk_number + 1
-        self._fresh = False
+        if chunk.policy in ("", self._policy):
+            self._fresh = False
         if self._started:
             # After the switch by the strategy's own rule: a cross-fade or an ensemble has no step, or a smaller one.
             jump = self._distance(reference, self._tools(timed, self.strategy.target(now)))
@@ -328,12 +341,6 @@ class Executor:
                 f"observation: expected one not older than the running chunk's, found it "
                 f"{running.observed - chunk.observed:.3f} s older"
             )
-        timed = self.strategy.retimed(chunk, now)
-        if timed.end < now:
-            late = now - timed.end
-            raise ChunkRefused(f"due times: expected actions still to come, found the last due {late:.3f} s ago")
-        if timed.start > now + FUTURE:
-            raise ChunkRefused(f"due times: expected the first about now, found it due in {timed.start - now:.3f} s")
 
     def _too_far(self, chunk: Chunk, target: np.ndarray, goals: Mapping[str, ArmStatus]) -> str:
         """Why `target` must not be followed from `goals`; empty when it may."""
@@ -381,6 +388,7 @@ class Executor:
         self._started = False
         self._holding = False  # the newest command was a hold
         self._moved = -np.inf  # when the arm moved last
+        self._standstill = Standstill()
         self._dropped = ""
         self._chunk_number = 0
         self._boundary = (0.0, 0.0)

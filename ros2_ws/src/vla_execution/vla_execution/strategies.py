@@ -122,12 +122,8 @@ class Strategy:
             beta=self.config.beta,
         )
 
-    def retimed(self, chunk: Chunk, now: float) -> Chunk:
-        """The chunk as it will be executed from `now` on."""
-        return chunk
-
     def accept(self, chunk: Chunk, now: float) -> bool:
-        """Put a chunk (already `retimed`) in force; actions that fell due before `now` are thereby dropped.
+        """Put a chunk in force; actions that fell due before `now` are thereby dropped.
 
         False when the strategy has no use for it now (a policy that runs free sent it unasked).
         """
@@ -171,8 +167,8 @@ class RtcTrained(Strategy):
 class Synchronous(Strategy):
     """Stop, infer, execute: the arm stands still while the policy thinks.
 
-    A chunk is executed from its first action on, which falls due when it arrives, since nothing moved meanwhile.
-    After `execution_horizon` steps the arm stops, and once it is at rest the policy is asked again.
+    A chunk is executed from its first action on: nothing was consumed while the arm stood still. After
+    `execution_horizon` steps the arm stops, and once it is at rest the policy is asked again.
     """
 
     at_rest = True
@@ -189,9 +185,6 @@ class Synchronous(Strategy):
         if now <= self._until + ON_TIME:
             return None
         return RequestPlan(execution_horizon=self.config.execution_horizon)
-
-    def retimed(self, chunk: Chunk, now: float) -> Chunk:
-        return chunk.shifted(now)
 
     def accept(self, chunk: Chunk, now: float) -> bool:
         if now <= self._until + ON_TIME:
@@ -215,18 +208,20 @@ class TemporalEnsemble(Strategy):
         super().__init__(config)
         self._chunks: list[Chunk] = []
         self._stacked = np.zeros((0, 0, 0))  # (N, H, D)
+        self._asked = -math.inf  # when the newest request was made, s
 
     @property
     def chunk(self) -> Chunk | None:
         return self._chunks[-1] if self._chunks else None
 
     def reset(self) -> None:
-        self._chunks = []
+        self._chunks, self._asked = [], -math.inf
 
     def request(self, now: float, delays: DelayEstimator) -> RequestPlan | None:
-        # At most one request per step: a policy never sees the same moment twice.
-        if self._chunks and now < self._chunks[-1].due(1) - ON_TIME:
+        # At most one request per step, as ACT does.
+        if self._chunks and now < self._asked + self._chunks[-1].period - ON_TIME:
             return None
+        self._asked = now
         return RequestPlan(execution_horizon=1)
 
     def accept(self, chunk: Chunk, now: float) -> bool:
