@@ -82,6 +82,20 @@ def test_strategy_given_by_argument_overrides_the_policy_description():
     assert "strategy:=naive" in executor({"strategy": "naive"})
 
 
+def test_a_policy_is_a_name_or_a_file_of_ones_own(tmp_path):
+    def files(arguments):
+        processes = load(LAUNCH / "sim.launch.yaml", arguments)
+        words = [p.command for p in processes if p.name in ("policy_node", "chunk_executor")]
+        return {command[command.index("--params-file") + 1] for command in words}
+
+    own = tmp_path / "mine.yaml"
+    own.write_text("/**: {ros__parameters: {checkpoint: somewhere}}\n")
+    assert files({"policy": str(own)}) == {str(own)}
+    assert files({"policy": "panda_pick"}) == {str(LAUNCH / "policies" / "panda_pick.yaml")}
+    with pytest.raises(LaunchError, match="no parameter file .*panda_pikc.*aloha_transfer.*panda_pick"):
+        files({"policy": "panda_pikc"})
+
+
 def test_stopping_ends_every_process_even_one_that_ignores_interrupts():
     stubborn = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
@@ -99,3 +113,14 @@ def test_stopping_ends_every_process_even_one_that_ignores_interrupts():
         launch.stop()
     assert all(p.popen.poll() is not None for p in processes)
     assert processes[0].popen.returncode == -signal.SIGTERM
+    assert ("launch", f"stubborn has ended with exit status {-signal.SIGTERM}") in lines
+
+
+def test_a_process_that_has_ended_can_be_started_again():
+    lines = []
+    process = Process("once", [sys.executable, "-c", "print('up')"], dict(os.environ))
+    with Launch([process], lambda name, line: lines.append((name, line))) as launch:
+        assert launch.wait() == 0
+        launch.start(process)
+        assert launch.wait() == 0
+    assert lines.count(("launch", "once has ended with exit status 0")) == 2

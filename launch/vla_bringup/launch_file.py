@@ -327,17 +327,22 @@ class Launch:
 
     def __enter__(self) -> Launch:
         for process in self.processes:
-            # In the terminal's own process group, as with `ros2 launch`: a keyboard device can read the terminal,
-            # and Ctrl-C reaches every node at once.
-            process.popen = subprocess.Popen(
-                process.command, env=process.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, text=True, bufsize=1,
-            )  # fmt: skip
-            threading.Thread(target=self._pump, args=(process,), daemon=True).start()
+            self.start(process)
         return self
 
-    def _pump(self, process: Process) -> None:
-        for line in process.popen.stdout:
+    def start(self, process: Process) -> None:
+        """Start one process of the launch; also one that has ended, again."""
+        # In the terminal's own process group, as with `ros2 launch`: a keyboard device can read the terminal, and
+        # Ctrl-C reaches every node at once.
+        process.popen = subprocess.Popen(
+            process.command, env=process.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, text=True, bufsize=1,
+        )  # fmt: skip
+        self._reported.discard(process.name)
+        threading.Thread(target=self._pump, args=(process, process.popen), daemon=True).start()
+
+    def _pump(self, process: Process, popen: subprocess.Popen) -> None:
+        for line in popen.stdout:
             self.output(process.name, line.rstrip())
 
     def __exit__(self, *_: object) -> None:
@@ -371,6 +376,7 @@ class Launch:
                     self.output("launch", f"{process.name} is still running: {number.name}")
                 process.popen.send_signal(number)
             self._await(patience)
+        self.report_dead()
 
     def _alive(self) -> list[Process]:
         return [p for p in self.processes if p.popen and p.popen.poll() is None]
