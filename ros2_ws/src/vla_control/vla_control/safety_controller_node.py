@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections import deque
 
@@ -238,12 +239,17 @@ def _pose(T: np.ndarray) -> Pose:
 
 def main() -> None:
     rclpy.init()
+    node = None
     try:
         node = SafetyControllerNode()
         # What is alive now stays alive: collections then look at little and keep the control period.
         gc.collect()
         gc.freeze()
         rclpy.spin(node)
+    except ValueError as error:
+        if node is not None:
+            raise
+        sys.exit(f"safety_controller: {error}")  # a robot or a parameter that cannot be used
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:

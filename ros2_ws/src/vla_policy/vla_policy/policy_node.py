@@ -7,6 +7,7 @@ answer. Further policies are loaded (/policy/load) while the first still drives,
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -253,6 +254,10 @@ def main() -> None:
         if node.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             node.trigger_activate()
         executor.spin()
+    except ValueError as error:
+        if node is not None:
+            raise
+        sys.exit(f"policy_node: {error}")  # a robot or a parameter that cannot be used
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 
 import rclpy
@@ -12,7 +13,10 @@ from rclpy.signals import SignalHandlerOptions
 
 
 def run_node(make: Callable[[], Node], args: list[str] | None = None) -> None:
-    """Make the node and spin it until a signal or until it sets `done`; then call its `finish`."""
+    """Make the node and spin it until a signal or until it sets `done`; then call its `finish`.
+
+    A ValueError while it is made is printed as one line, with exit status 1.
+    """
     stopped = False
 
     def stop(*_: object) -> None:
@@ -22,7 +26,11 @@ def run_node(make: Callable[[], Node], args: list[str] | None = None) -> None:
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    node = make()
+    try:
+        node = make()
+    except ValueError as error:  # a robot or a parameter that cannot be used
+        rclpy.shutdown()
+        sys.exit(f"error: {error}")
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
