@@ -88,7 +88,7 @@ def until_chunk(run, number):
     """Run to the tick that put chunk `number` in force; its time (s)."""
     while run.executor.metrics.chunks < number:
         run.tick()
-    return run.now - 0.01
+    return round(run.now - 0.01, 9)
 
 
 @settings(max_examples=8, deadline=None)

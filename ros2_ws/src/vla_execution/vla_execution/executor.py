@@ -308,7 +308,7 @@ class Executor:
             self._oldest_id = chunk.id + 1
         self.metrics.chunks += 1
         self._chunk_number = chunk.id or self._chunk_number + 1
-        if chunk.policy in ("", self._policy):
+        if not self._policy or chunk.policy in ("", self._policy):
             self._fresh = False
         if self._started:
             # After the switch by the strategy's own rule: a cross-fade or an ensemble has no step, or a smaller one.
