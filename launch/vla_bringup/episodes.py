@@ -123,7 +123,7 @@ class EpisodeRunner:
 
     def run(self, task: str, seed: int, options: tuple[str, ...] = ()) -> EpisodeResult:
         """One episode, from reset to outcome."""
-        self._call("/safety_controller/disarm", Trigger.Request())
+        self._disarm()
         self._call("/chunk_executor/reset", Trigger.Request())
         scene = self._call("/world/reset", ResetWorld.Request(task=task, seed=seed, options=list(options)))
         self._instruction.publish(String(data=scene.instruction))
@@ -150,13 +150,20 @@ class EpisodeRunner:
             bag=bag,
             options=options,
         )
-        self._call("/safety_controller/disarm", Trigger.Request())
+        self._disarm()
         if self._record:
             outcome = StopEpisode.Request.SUCCESS if result.success else StopEpisode.Request.FAILURE
             self._call("/recorder/stop", StopEpisode.Request(outcome=outcome, note=result.detail))
         return result
 
     # -------------------------------------------------------------------------------------------------- private
+    def _disarm(self) -> None:
+        """Disarm and wait for the arms to have braked."""
+        self._call("/safety_controller/disarm", Trigger.Request())
+        self._safety = None
+        if not self._spin_until(lambda: self._safety and self._safety.state == SafetyStatus.DISARMED, SERVICE):
+            raise EpisodeError(f"the safety controller did not disarm in {SERVICE:.0f} s")
+
     def _now(self) -> float:
         return self.node.get_clock().now().nanoseconds * 1e-9
 

@@ -9,6 +9,7 @@ import numpy as np
 from vla_core.time import seconds
 from vla_teleop.bags import messages
 
+DISARMED = 0  # vla_msgs/SafetyStatus
 TOPICS = ("/safety_status", "/command", "/action_chunk")
 
 
@@ -63,6 +64,9 @@ def episode_metrics(bag: Path, control_rate: float) -> EpisodeMetrics:
     empty, chunk = 0, 0
     for topic, _, message in messages(bag, TOPICS):
         if topic == "/safety_status":
+            # Disarmed, nothing is commanded: what is reported jumps to the measured state when it is armed.
+            if message.state == DISARMED:
+                continue
             times.append(seconds(message.header.stamp))
             states.append(message.state)
             jitter.append(abs(message.period - 1.0 / control_rate))
