@@ -50,7 +50,7 @@ class PolicyNode(LifecycleNode):
             self.robot,
             declare("runtime", "onnx").value,
             declare("provider", "cpu").value,
-            declare("threads", 0).value,
+            declare("threads", 1).value,
         )
         self.autostart = declare("autostart", True).value
         self.error = ""
