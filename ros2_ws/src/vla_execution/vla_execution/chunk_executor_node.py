@@ -10,6 +10,7 @@ from dataclasses import fields
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -104,13 +105,13 @@ class ChunkExecutorNode(Node):
         self._diagnostics.publish(message)
 
 
-def main() -> None:
+def main() -> int:
     rclpy.init()
     node = None
     try:
         node = ChunkExecutorNode()
         rclpy.spin(node)
-    except ValueError as error:
+    except (ValueError, ParameterException) as error:
         if node is not None:
             raise
         sys.exit(f"chunk_executor: {error}")  # a robot or a parameter that cannot be used
@@ -120,7 +121,8 @@ def main() -> None:
         if node is not None:
             node.destroy_node()
         rclpy.try_shutdown()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
