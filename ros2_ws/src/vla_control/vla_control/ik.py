@@ -1,40 +1,50 @@
 """Joint velocities for a wanted motion, as a small quadratic program with bounds and workspace walls.
 
-    tool motion     minimise |W (J qd - twist)|^2 + damping |qd|^2 + posture |qd - N (home - q)|^2
+    tool motion     minimise |W (J qd - twist)|^2 + |D qd|^2 + posture |qd - N (home - q)|^2
     joint motion    minimise |qd - wanted|^2
     subject to      lower <= qd <= upper             hard: joint position, velocity, acceleration
                     inward <= J_linear qd <= outward the workspace's walls
 
-W weighs rotation against translation, N projects on what the tool does not feel. The bounds come from
-vla_control.limits and are never empty; the walls give way just as far as braking needs. So braking solves the
-problem always. daqp solves it in about 30 us for 7 joints, MuJoCo's kinematics and Jacobian take 13 us (2-core
-machine, medians). Rows for collisions belong beside the walls.
+W weighs rotation against translation; N projects on what the tool does not feel; D damps, in each singular direction of
+W J that fades, by what is left of the tool's error along it: at the end of its reach an arm then stands still, where
+constant damping swings for ever (the curvature of the tool's path weighs in by that error; compare Sugihara,
+"Solvability-unconcerned inverse kinematics by the Levenberg-Marquardt method", IEEE T-RO 2011, which damps all
+directions). The bounds come from vla_control.limits and are never empty; the walls give way just as far as braking
+needs. So braking solves the problem always. daqp solves it in about 30 us for 7 joints, MuJoCo's kinematics and
+Jacobian take 13 us (2-core machine, medians). Rows for collisions belong beside the walls.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import daqp
 import numpy as np
 
 #: Weight of a radian per second against a metre per second.
 ROTATION_WEIGHT = 0.3
+#: Damping everywhere, against squared singular values of W J, (m/rad)^2.
 DAMPING = 1e-5
+#: A direction fades below this singular value of W J, m/rad, and is then damped by this much per m of error along it, m:
+#: enough for a Panda stretched out to stand still, little enough for a ViperX to pass its wrist's singularity at 0.1 m/s.
+FADING, ERROR_DAMPING = 0.05, 0.1
 #: Pull towards the home posture, in the tool's null space.
 POSTURE = 1e-4
 
 
 class DifferentialIk:
-    """The program of one arm with `joints` joints; arrays are allocated once."""
+    """The program of one arm with `joints` joints; arrays are allocated once.
 
-    def __init__(self, joints: int):
+    correction_rate: displacements (..., n), rad, none negative -> rates, 1/s, at which each may be taken away.
+    """
+
+    def __init__(self, joints: int, correction_rate: Callable[[np.ndarray], np.ndarray]):
         self._weights = np.array([1.0, 1.0, 1.0, *[ROTATION_WEIGHT] * 3])
         self._eye = np.eye(joints)
-        self._regular = (DAMPING + POSTURE) * self._eye
-        self._task_damping = DAMPING * np.eye(6)
         self._sense = np.zeros(joints + 3, np.int32)
         self._lower, self._upper = np.zeros(joints + 3), np.zeros(joints + 3)
         self._rows = np.zeros((3, joints))
-        self._joints = joints
+        self._joints, self._correction_rate = joints, correction_rate
 
     def bound(
         self,
@@ -59,21 +69,32 @@ class DifferentialIk:
         np.minimum(inward, tool, out=self._lower[n:])
         np.maximum(outward, tool, out=self._upper[n:])
 
-    def follow_twist(self, jacobian: np.ndarray, twist: np.ndarray, posture: np.ndarray) -> np.ndarray | None:
+    def correction(self, jacobian: np.ndarray, error: np.ndarray) -> np.ndarray:
+        """Tool velocity (6,) that takes away a tool error (6,), m and rad, as fast as the joints can brake again.
+
+        Each singular direction is corrected at its own rate, so that a fading one holds up no other. Call it before
+        `follow_twist`, which works in the same directions with the same damping.
+        """
+        self._U, self._sizes, self._directions = np.linalg.svd(self._weights[:, None] * jacobian, full_matrices=False)
+        left = (self._weights * error) @ self._U
+        fading = ERROR_DAMPING * np.abs(left) * np.maximum(1.0 - (self._sizes / FADING) ** 2, 0.0)
+        self._squares = self._sizes**2 + DAMPING + fading
+        self._free_damping = POSTURE + float(fading.sum())
+        away = np.abs((self._sizes / self._squares * left)[:, None] * self._directions)
+        return (self._correction_rate(away).min(axis=1) * left) @ self._U.T / self._weights
+
+    def follow_twist(self, twist: np.ndarray, posture: np.ndarray) -> np.ndarray | None:
         """Joint velocities (n,), or None when the solver found none (the caller brakes).
 
         Args:
-            jacobian: as given to `bound`. twist: (6,) wanted tool velocity, m/s and rad/s.
-            posture: (n,) velocity towards the home posture, rad/s.
+            twist: (6,) wanted tool velocity, m/s and rad/s. posture: (n,) velocity towards the home posture, rad/s.
         """
-        weighted = self._weights[:, None] * jacobian
-        if self._joints > 6:
-            gram = weighted @ weighted.T + self._task_damping
-            free = posture - weighted.T @ np.linalg.solve(gram, weighted @ posture)
-        else:
-            free = np.zeros(self._joints)
-        hessian = weighted.T @ weighted + self._regular
-        return self._solve(hessian, -(weighted.T @ (self._weights * twist)) - POSTURE * free)
+        V = self._directions
+        linear = -((self._weights * twist) @ self._U * self._sizes) @ V
+        if self._joints <= 6:
+            return self._solve((V.T * self._squares) @ V, linear)
+        hessian = (V.T * (self._squares - self._free_damping)) @ V + self._free_damping * self._eye
+        return self._solve(hessian, linear - POSTURE * (posture - (V @ posture) @ V))
 
     def follow_joints(self, wanted: np.ndarray) -> np.ndarray | None:
         """As near to joint velocities `wanted` (n,) as may be, or None when the solver found none."""

@@ -29,8 +29,7 @@ class MotionLimits:
         the newest command that is not due yet.
     max_jump: a delta larger than this many times what the tool's speed limit allows is refused.
     max_joint_jump: a joint target farther than this from the commanded joints is refused, rad.
-    tool_acceleration, tool_rotation_acceleration: used to brake in front of the goal and the workspace's walls,
-        m/s^2 and rad/s^2.
+    tool_acceleration: with which the tool brakes in front of the workspace's walls, m/s^2.
     gain: of the feedback that removes the lag behind the set-point, 1/s.
     """
 
@@ -39,7 +38,6 @@ class MotionLimits:
     max_jump: float = 5.0
     max_joint_jump: float = 0.5
     tool_acceleration: float = 1.0
-    tool_rotation_acceleration: float = 4.0
     gain: float = 20.0
 
 
@@ -61,7 +59,7 @@ class ArmMotion:
 
     def __init__(self, arm: Arm, kinematics: Kinematics, limits: MotionLimits, period: float):
         self.arm, self._kinematics, self._limits, self._period = arm, kinematics, limits, period
-        self._ik = DifferentialIk(len(arm.joints))
+        self._ik = DifferentialIk(len(arm.joints), self._correction_rate)
         self.start(np.array(arm.home, float), math.nan)
 
     def start(self, q: np.ndarray, gripper: float) -> None:
@@ -140,8 +138,8 @@ class ArmMotion:
         braked = self._braked(lower, upper)
         self._ik.bound(jacobian, lower, upper, inward, outward, braked)
         if self._joint_goal is None:
-            twist, names = self._tool_twist(share)
-            velocity = self._ik.follow_twist(jacobian, twist, np.clip(arm.home - self.q, -1.0, 1.0))
+            twist, names = self._tool_twist(share, jacobian)
+            velocity = self._ik.follow_twist(twist, np.clip(arm.home - self.q, -1.0, 1.0))
         else:
             wanted, twist, names = self._joint_velocity(share, jacobian)
             velocity = self._ik.follow_joints(wanted)
@@ -201,34 +199,34 @@ class ArmMotion:
         forward = (setpoint - self._joint_setpoint) / self._period
         lag = self._joint_setpoint - self.q
         self._joint_setpoint = setpoint
-        most = braking_speed(np.abs(lag), self.arm.limits.acceleration, self._period)
-        wanted = forward + np.clip(self._limits.gain * lag, -most, most)
+        wanted = forward + self._correction_rate(np.abs(lag)) * lag
         twist, tool = jacobian @ wanted, self.arm.tool_limits
         scale = min(1.0, tool.speed / max(_length(twist[:3]), 1e-9), tool.rotation / max(_length(twist[3:]), 1e-9))
         return scale * wanted, scale * twist, ["tool_speed"] if scale < 1.0 else []
 
-    def _tool_twist(self, share: float) -> tuple[np.ndarray, list[str]]:
+    def _tool_twist(self, share: float, jacobian: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Tool twist (6,) that keeps up with the set-point within the tool's speed."""
         setpoint = self.goal if share == 1.0 else se3.interpolate(self.setpoint, self.goal, share)
         forward = se3.delta(self.setpoint, setpoint) / self._period
         lag = se3.delta(self.T, self.setpoint)
         self.setpoint = setpoint
-        tool, limits = self.arm.tool_limits, self._limits
-        twist, names = forward, []
-        for part, speed, acceleration in (
-            (slice(0, 3), tool.speed, limits.tool_acceleration),
-            (slice(3, 6), tool.rotation, limits.tool_rotation_acceleration),
-        ):
-            distance = _length(lag[part])
-            if distance > 0.0:
-                step = acceleration * self._period
-                most = math.sqrt(step * step + 2.0 * acceleration * distance) - step
-                twist[part] += min(limits.gain, most / distance) * lag[part]
+        twist = forward + self._ik.correction(jacobian, lag)
+        tool, names = self.arm.tool_limits, []
+        for part, speed in ((slice(0, 3), tool.speed), (slice(3, 6), tool.rotation)):
             length = _length(twist[part])
             if length > speed:
                 twist[part] *= speed / length
                 names.append("tool_speed")
         return twist, names
+
+    def _correction_rate(self, displacement: np.ndarray) -> np.ndarray:
+        """Rate (..., n) at which each joint may take away a displacement (..., n) >= 0 and still brake in time, 1/s.
+
+        Half of the acceleration limits is left for the motion itself.
+        """
+        away = np.maximum(displacement, 1e-9)
+        speed = braking_speed(away, 0.5 * self.arm.limits.acceleration, self._period)
+        return np.minimum(speed / away, self._limits.gain)
 
     def _keep_stop_inside(self, velocity: np.ndarray, braked: np.ndarray) -> tuple[np.ndarray, bool]:
         """The velocity, taken back towards braking where the tool could no longer stop inside its box."""
@@ -246,15 +244,13 @@ class ArmMotion:
 
     def _leaves_workspace(self, velocity: np.ndarray) -> bool:
         """True when the tool would be outside its box and farther out than now, once braked to rest."""
-        time = float(np.max(np.abs(velocity) / self.arm.limits.acceleration))
-        stop = self.q + velocity * (self._period + 0.5 * time)
-        then = self._outside(self._kinematics.forward(self.arm.name, stop)[:3, 3])
-        return then > 0.0 and then > self._outside(self.T[:3, 3])
-
-    def _outside(self, p: np.ndarray) -> float:
-        """How far a point is outside the workspace along the worst axis, m; negative inside."""
-        box = self.arm.workspace
-        return float(np.maximum(box.lower - p, p - box.upper).max())
+        limits, box, p = self.arm.limits, self.arm.workspace, self.T[:3, 3]
+        time = float(np.max(np.abs(velocity) / limits.acceleration))
+        # A joint near its limit brakes harder than the others and stays inside.
+        stop = np.clip(self.q + velocity * (self._period + 0.5 * time), *_hull(limits.lower, limits.upper, self.q))
+        then = self._kinematics.forward(self.arm.name, stop)[:3, 3]
+        lower, upper = _hull(box.lower, box.upper, p)
+        return bool(((then < lower) | (then > upper)).any())
 
     def _keep_in_workspace(self, T: np.ndarray) -> None:
         """Move a pose (in place) into the workspace; who is outside is not torn inside, nor let farther out."""
@@ -275,7 +271,8 @@ class ArmMotion:
         if scale < 1.0:
             self.goal = se3.apply_delta(self.T, scale * lead)
             self.setpoint = se3.apply_delta(self.T, scale * se3.delta(self.T, self.setpoint))
-        if self._outside(self.T[:3, 3]) > 0.0:  # on the way back from outside: the goal is not left behind there
+        box, p = self.arm.workspace, self.T[:3, 3]
+        if ((p < box.lower) | (p > box.upper)).any():  # on the way back from outside: the goal is not left behind there
             self.goal, self.setpoint = self.goal.copy(), self.setpoint.copy()
             self._keep_in_workspace(self.goal)
             self._keep_in_workspace(self.setpoint)

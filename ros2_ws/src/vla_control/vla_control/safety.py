@@ -45,6 +45,7 @@ class SafetyLimits(MotionLimits):
     """What the controller allows beyond the robot description's limits; see MotionLimits for those of the motion.
 
     command_timeout: without a command for this long the arms brake and hold, s. No older command is taken.
+    command_slack: commands that come unevenly are drawn out by at most this, s.
     joint_state_timeout: without joint states for this long they do too, s.
     clock_jump: a longer time between two steps is a fault of the clock, s.
     tracking_time: a measured joint farther from its command than the robot description's `tracking` stops the robot
@@ -52,6 +53,7 @@ class SafetyLimits(MotionLimits):
     """
 
     command_timeout: float = 0.1
+    command_slack: float = 0.05
     joint_state_timeout: float = 0.1
     clock_jump: float = 0.5
     tracking_time: float = 0.2
@@ -87,6 +89,8 @@ class SafetyDecision:
     refused: str = ""
 
 
+#: A command is late by more than this, s (rounding of times); time in which the lateness of commands is forgotten, s.
+_LATE, _SLACK_TIME = 1e-6, 10.0
 _ARMED = (State.HOLDING, State.RUNNING, State.STOPPING)
 #: What STOPPING may end in; a stop never gives way to one further up in this list.
 _LATCHES = (State.HOLDING, State.DISARMED, State.STOPPED, State.FAULT)
@@ -211,7 +215,8 @@ class SafetyController:
     def _begin(self) -> None:
         self._command: Command | None = None  # the newest one taken
         self._taken = -math.inf  # when, s
-        self._latency = 0.0  # of commands, s: a slowly forgotten maximum
+        self._due = -math.inf  # when its motion ends, s
+        self._slack = 0.0  # by which commands may be drawn out, s
         self._lagging_since = math.nan
         self._silent = False
 
@@ -304,14 +309,26 @@ class SafetyController:
             raise CommandRefused("joint_states", self._trouble)
         for name, motion in self._arms.items():
             motion.check_jump(command.arms[name], command.period)
-        # Motion is due by the sender's clock plus the largest latency seen lately: late and early commands (and
-        # rates that are no whole number of control periods) then make one even motion.
-        self._latency = max(age, 0.98 * self._latency)
-        end = command.stamp + self._latency + command.period
+        self._due = self._schedule(command.period, now)
         for name, motion in self._arms.items():
-            motion.take(command.arms[name], end)
+            motion.take(command.arms[name], self._due)
         self._command, self._taken = command, now
         self._enter(State.RUNNING, "")
+
+    def _schedule(self, period: float, now: float) -> float:
+        """When the motion of a command taken now is due, s.
+
+        Each command goes on for one period where the one before ends. When that one had ended already, commands come
+        unevenly, and by the time lost all later ones may be drawn out: so late and early ones, and rates that are no
+        whole number of control periods, make one even motion. A steady sender is followed with no delay.
+        """
+        if self._state == State.RUNNING:
+            late = now - self._due
+            if late > _LATE:
+                self._slack = min(self._slack + late, self.limits.command_slack)
+            self._slack *= max(0.0, 1.0 - period / _SLACK_TIME)
+            return min(max(self._due, now), now + self._slack) + period
+        return now + self._slack + period
 
     # -------------------------------------------------------------------------------------------------- moving
     def _move(self, now: float) -> dict[str, tuple[str, ...]]:
