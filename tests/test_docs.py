@@ -1,6 +1,6 @@
 """The documentation names what the sources declare: parameters, launch arguments, robot keys, messages, links.
 
-Reads sources as text and syntax trees, so it needs neither ROS nor torch. What it compares with a section of a page
+Reads sources as text and syntax trees, so nearly all of it needs neither ROS nor torch. What it compares with a section of a page
 are the rows of that section's tables: first cell the name, second cell the default.
 """
 
@@ -117,9 +117,19 @@ def test_every_launch_argument_is_documented_with_its_default(path):
 
 def test_every_key_of_a_robot_description_is_documented():
     source = (SOURCES / "vla_core/vla_core/robot.py").read_text()
-    keys = set(re.findall(r'\.get\("(\w+)"', source)) | {"lower", "upper", "velocity", "acceleration"}
+    keys = set(re.findall(r'\.get\("([a-z_]+)"', source)) | {"lower", "upper", "velocity", "acceleration"}
     text = section("parameters.md", "Robot description")
     assert not [key for key in sorted(keys) if not re.search(rf"`[\w<>.]*\b{key}\b[^`]*`", text)]
+
+
+def test_the_robot_of_the_howto_loads(tmp_path):
+    from vla_core.kinematics import Kinematics
+    from vla_core.robot import load_robot
+
+    example = re.search(r"```yaml\n(name: mine\n.*?)```", section("howto.md", "A robot"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(example[1])
+    robot = load_robot(tmp_path / "mine.yaml")
+    assert Kinematics(robot).forward("arm", robot.arm("arm").home).shape == (4, 4)
 
 
 def test_every_option_of_training_is_documented():
