@@ -1,7 +1,7 @@
 """The documentation names what the sources declare: parameters, launch arguments, robot keys, messages, links.
 
-Reads sources as text and syntax trees, so nearly all of it needs neither ROS nor torch. What it compares with a section of a page
-are the rows of that section's tables: first cell the name, second cell the default.
+Reads sources as text and syntax trees, so nearly all of it needs neither ROS nor torch. What it compares with a section
+of a page are the rows of that section's tables: first cell the name, second cell the default.
 """
 
 from __future__ import annotations
