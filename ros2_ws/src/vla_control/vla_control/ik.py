@@ -25,8 +25,8 @@ import numpy as np
 ROTATION_WEIGHT = 0.3
 #: Damping everywhere, against squared singular values of W J, (m/rad)^2.
 DAMPING = 1e-5
-#: A direction fades below this singular value of W J, m/rad, and is then damped by this much per m of error along it, m:
-#: enough for a Panda stretched out to stand still, little enough for a ViperX to pass its wrist's singularity at 0.1 m/s.
+#: A direction fades below this singular value of W J, m/rad, and is then damped by this much per m of error along it,
+#: m: enough for a Panda stretched out to stand still, little enough for a ViperX to pass its wrist's singularity.
 FADING, ERROR_DAMPING = 0.05, 0.1
 #: Pull towards the home posture, in the tool's null space.
 POSTURE = 1e-4

@@ -1,13 +1,15 @@
 """The safety controller as a node: commands and joint states in, limited joint targets and the safety status out.
 
-Nothing is sent to the arms until the service ~/arm (or the parameter auto_arm, for simulation) is used. The loop runs
-at the robot's control rate on the node's clock: on a real robot a steady timer, in simulation a timer of /clock.
+Nothing is sent to the arms until the service ~/arm (or the parameter auto_arm, for simulation) is used; ~/arm and
+~/disarm answer when the arms are at rest. The loop runs at the robot's control rate: on a real robot by a steady timer,
+in simulation by /clock. SIGINT and SIGTERM brake the arms before the node ends. One thread.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import signal
 import sys
 import time
 from collections import deque
@@ -15,14 +17,16 @@ from collections import deque
 import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Point, Pose, Quaternion
+from geometry_msgs.msg import Pose
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.signals import SignalHandlerOptions
+from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
-from vla_core.robot import load_robot
+from vla_core.robot import Arm, load_robot
 from vla_core.se3 import matrix_to_pose
 from vla_core.time import seconds
 from vla_msgs import msg
@@ -33,6 +37,8 @@ from vla_control.safety import Measured, SafetyController, SafetyDecision, Safet
 
 #: Control periods over which jitter is reported.
 WINDOW = 1000
+#: Commands kept between two control periods, and the longest time to brake when the node ends, s.
+QUEUE, PARKING = 10, 2.0
 
 
 class SafetyControllerNode(Node):
@@ -46,7 +52,8 @@ class SafetyControllerNode(Node):
         self.auto_arm = self.declare_parameter("auto_arm", False).value
         self.controller = SafetyController(self.robot, self.limits)
         self.period = self.controller.period
-        self._command: Command | None = None
+        self._commands: deque[Command] = deque(maxlen=QUEUE)
+        self._at_rest: Future | None = None
         self._measured: Measured | None = None
         self._last_wall = math.nan
         self._jitter: deque[float] = deque(maxlen=WINDOW)
@@ -54,9 +61,9 @@ class SafetyControllerNode(Node):
         self._overruns = 0
         self._last_refusal = ""
         self._shown_state: tuple | None = None
-        self._fingers = {
-            arm.name: [j.name for j in arm.gripper.joints] if arm.gripper else [] for arm in self.robot.arms
-        }
+        self._status = SafetyStatus(arms=[ArmSafety(arm=arm.name) for arm in self.robot.arms])
+        self._status.header.frame_id = self.robot.base_frame
+        self._targets = {arm.name: _target_message(arm, self.robot.base_frame) for arm in self.robot.arms}
 
         self.target_publishers = {
             arm.name: self.create_publisher(JointState, f"/{arm.name}/joint_targets", 5) for arm in self.robot.arms
@@ -70,9 +77,10 @@ class SafetyControllerNode(Node):
         self.create_service(Trigger, "~/disarm", self.on_disarm)
         self.create_service(Trigger, "~/stop", self.on_stop)
         # A robot's control loop follows the steady clock: setting the system time must not stretch a period.
+        steady = Clock(clock_type=ClockType.STEADY_TIME)
         sim = self.get_parameter("use_sim_time").value
-        self.create_timer(self.period, self.tick, clock=None if sim else Clock(clock_type=ClockType.STEADY_TIME))
-        self.create_timer(1.0, self.publish_diagnostics)
+        self.create_timer(self.period, self.tick, clock=None if sim else steady)
+        self.create_timer(1.0, self.publish_diagnostics, clock=steady)
 
     # --------------------------------------------------------------------------------------------------- inputs
     def on_joint_states(self, message: JointState) -> None:
@@ -90,40 +98,37 @@ class SafetyControllerNode(Node):
             return
         self._measured = measured
         if self.auto_arm:
-            self.auto_arm = False
-            self.controller.arm(measured)
+            try:
+                self.controller.arm(measured)
+                self.auto_arm = False
+            except CommandRefused as error:
+                self.get_logger().error(f"not armed: {error}", throttle_duration_sec=5.0)
 
     def on_command(self, message: msg.Command) -> None:
-        self._command = Command(
-            stamp=seconds(message.header.stamp),
-            sequence=message.sequence,
-            source=message.source,
-            period=message.period,
-            hold=message.hold,
-            arms={part.arm: _arm_command(part) for part in message.arms},
-            frame=message.header.frame_id,
-        )
+        self._commands.append(_command(message))
 
     def on_emergency_stop(self, message: Bool) -> None:
         if message.data:
             self.controller.stop(2, "emergency stop")
 
     # ------------------------------------------------------------------------------------------------- services
-    def on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+    async def on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        await self.rest()
         age = math.inf if self._measured is None else self.now() - self._measured.stamp
-        if not age <= self.limits.joint_state_timeout:
-            response.success, response.message = False, f"not armed: joint states are {age:.2f} s old"
+        if not abs(age) <= self.limits.joint_state_timeout:
+            response.message = f"not armed: joint states are {age:.2f} s old"
             return response
         try:
             self.controller.arm(self._measured)
-            self._command = None
+            self._commands.clear()
             response.success, response.message = True, "armed, holding"
         except CommandRefused as error:
-            response.success, response.message = False, f"not armed: {error}"
+            response.message = f"not armed: {error}"
         return response
 
-    def on_disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+    async def on_disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self.controller.disarm()
+        await self.rest()
         response.success, response.message = True, "disarmed"
         return response
 
@@ -131,6 +136,12 @@ class SafetyControllerNode(Node):
         self.controller.stop(2, "stop service")
         response.success, response.message = True, "stopping; latched until armed again"
         return response
+
+    async def rest(self) -> None:
+        """Wait until the arms brake no longer."""
+        if self.controller.state == State.STOPPING:
+            self._at_rest = self._at_rest or Future()
+            await self._at_rest
 
     # --------------------------------------------------------------------------------------------------- the loop
     def now(self) -> float:
@@ -140,53 +151,57 @@ class SafetyControllerNode(Node):
         wall = time.perf_counter()
         elapsed = wall - self._last_wall
         self._last_wall = wall
-        command, self._command = self._command, None
         stamp = self.get_clock().now()
-        decision = self.controller.step(command, self._measured, stamp.nanoseconds * 1e-9)
-        stamp_message = stamp.to_msg()
-        for name, target in decision.sent.items():
-            arm = self.robot.arm(name)
-            message = JointState()
-            message.header.stamp, message.header.frame_id = stamp_message, self.robot.base_frame
-            position, velocity = target.position.tolist(), target.velocity.tolist()
-            if arm.gripper:
-                fingers = arm.gripper.positions(target.gripper)
-                position += [fingers[j] for j in self._fingers[name]]
-                velocity += [0.0] * len(fingers)
-            message.name = [*arm.joints, *self._fingers[name]]
-            message.position, message.velocity = position, velocity
-            # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
-            message.effort = [0.0] * len(message.name)
-            self.target_publishers[name].publish(message)
-        self.status_publisher.publish(self._status(decision, stamp_message, elapsed))
+        now = stamp.nanoseconds * 1e-9
+        newest = self._commands.pop() if self._commands else None
+        while self._commands:
+            self.controller.offer(self._commands.popleft(), now)
+        decision = self.controller.step(newest, self._measured, now)
+        self.publish(decision, stamp.to_msg(), elapsed)
+        if self._at_rest is not None and decision.state != State.STOPPING:
+            self._at_rest.set_result(None)
+            self._at_rest = None
         if not math.isnan(elapsed):
             self._jitter.append(abs(elapsed - self.period))
             self._overruns += elapsed > 2.0 * self.period
         self._cost.append(time.perf_counter() - wall)
         self._log(decision)
 
-    def _status(self, decision: SafetyDecision, stamp, elapsed: float) -> SafetyStatus:
-        status = SafetyStatus()
-        status.header.stamp, status.header.frame_id = stamp, self.robot.base_frame
+    def publish(self, decision: SafetyDecision, stamp, elapsed: float) -> None:
+        """Send the targets, then the status. Messages are made once and filled in anew each period."""
+        for name, target in decision.sent.items():
+            gripper, message = self.robot.arm(name).gripper, self._targets[name]
+            position, velocity = target.position.tolist(), target.velocity.tolist()
+            if gripper:
+                fingers = gripper.positions(target.gripper)
+                position += fingers.values()
+                velocity += [0.0] * len(fingers)
+            message.header.stamp, message.position, message.velocity = stamp, position, velocity
+            self.target_publishers[name].publish(message)
+        status = self._status
+        status.header.stamp = stamp
         status.state, status.reason = int(decision.state), decision.reason
         status.source, status.sequence = decision.source, decision.sequence
         status.command_age = decision.command_age
         status.period = self.period if math.isnan(elapsed) else elapsed
-        status.refused = sum(self.controller.refusals.values())
-        for arm in self.robot.arms:
-            target = self.controller.target(arm.name)
-            status.arms.append(
-                ArmSafety(
-                    arm=arm.name,
-                    goal=_pose(decision.goal[arm.name]),
-                    commanded=_pose(decision.commanded[arm.name]),
-                    joints=target.position.tolist(),
-                    velocity=target.velocity.tolist(),
-                    gripper=target.gripper,
-                    limited=list(decision.limited[arm.name]),
-                )
-            )
-        return status
+        status.refused = self.controller.refusals.total()
+        for part in status.arms:
+            target = decision.sent.get(part.arm) or self.controller.target(part.arm)
+            _write_pose(part.goal, decision.goal[part.arm])
+            _write_pose(part.commanded, decision.commanded[part.arm])
+            part.joints, part.velocity = target.position.tolist(), target.velocity.tolist()
+            part.gripper, part.limited = target.gripper, list(decision.limited[part.arm])
+        self.status_publisher.publish(status)
+
+    def park(self) -> None:
+        """Brake and disarm, for the end of the node."""
+        self.controller.disarm()
+        self._commands.clear()
+        deadline = time.monotonic() + PARKING
+        while self.controller.state == State.STOPPING and time.monotonic() < deadline:
+            self.tick()
+            time.sleep(self.period)
+        self.tick()
 
     def _log(self, decision: SafetyDecision) -> None:
         shown = (decision.state, decision.reason)
@@ -207,6 +222,7 @@ class SafetyControllerNode(Node):
             "reason": controller.reason,
             "overruns": self._overruns,
             **{f"refused: {code}": count for code, count in sorted(controller.refusals.items())},
+            **{f"stopped: {code}": count for code, count in sorted(controller.stops.items())},
             **{f"limited: {name}": count for name, count in sorted(controller.limitations.items())},
         }
         if self._jitter:
@@ -225,33 +241,62 @@ class SafetyControllerNode(Node):
         self.diagnostics_publisher.publish(array)
 
 
+def _command(message: msg.Command) -> Command:
+    arms = {part.arm: _arm_command(part) for part in message.arms}
+    if len(arms) < len(message.arms):
+        arms = {}  # an arm named twice: refused, as any wrong set of arms
+    return Command(
+        stamp=seconds(message.header.stamp),
+        sequence=message.sequence,
+        source=message.source,
+        period=message.period,
+        hold=message.hold,
+        arms=arms,
+        frame=message.header.frame_id,
+    )
+
+
 def _arm_command(part: msg.ArmCommand) -> ArmCommand:
     if part.mode == msg.ArmCommand.JOINT:
         return ArmCommand(joints=np.array(part.joints), gripper=part.gripper)
-    t, r = part.translation, part.rotation
-    return ArmCommand(delta=np.array([t.x, t.y, t.z, r.x, r.y, r.z]), gripper=part.gripper)
+    if part.mode == msg.ArmCommand.DELTA:
+        t, r = part.translation, part.rotation
+        return ArmCommand(delta=np.array([t.x, t.y, t.z, r.x, r.y, r.z]), gripper=part.gripper)
+    return ArmCommand()  # an unknown mode: refused for what it lacks
 
 
-def _pose(T: np.ndarray) -> Pose:
-    x, y, z, qx, qy, qz, qw = matrix_to_pose(T).tolist()
-    return Pose(position=Point(x=x, y=y, z=z), orientation=Quaternion(x=qx, y=qy, z=qz, w=qw))
+def _target_message(arm: Arm, frame: str) -> JointState:
+    fingers = [joint.name for joint in arm.gripper.joints] if arm.gripper else []
+    message = JointState(name=[*arm.joints, *fingers])
+    message.header.frame_id = frame
+    return message
 
 
-def main() -> None:
-    rclpy.init()
-    node = None
+def _write_pose(pose: Pose, T: np.ndarray) -> None:
+    p, q = pose.position, pose.orientation
+    p.x, p.y, p.z, q.x, q.y, q.z, q.w = matrix_to_pose(T).tolist()
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the node until SIGINT or SIGTERM; then brake, and end with exit status 0."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(received))
+    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     try:
         node = SafetyControllerNode()
-        # What is alive now stays alive: collections then look at little and keep the control period.
-        gc.collect()
-        gc.freeze()
-        rclpy.spin(node)
-    except ValueError as error:
-        if node is not None:
-            raise
-        sys.exit(f"safety_controller: {error}")  # a robot or a parameter that cannot be used
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
+    except ValueError as error:  # a robot or a parameter that cannot be used
+        rclpy.shutdown()
+        sys.exit(f"safety_controller: {error}")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    # What is alive now stays alive: collections then look at little and keep the control period.
+    gc.collect()
+    gc.freeze()
+    try:
+        while not asked:
+            executor.spin_once()  # returns at least with every diagnostics message
+        node.park()
     finally:
         rclpy.try_shutdown()
 
