@@ -268,6 +268,8 @@ def _arm_command(part: msg.ArmCommand) -> ArmCommand:
 def _target_message(arm: Arm, frame: str) -> JointState:
     fingers = [joint.name for joint in arm.gripper.joints] if arm.gripper else []
     message = JointState(name=[*arm.joints, *fingers])
+    # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
+    message.effort = [0.0] * len(message.name)
     message.header.frame_id = frame
     return message
 
