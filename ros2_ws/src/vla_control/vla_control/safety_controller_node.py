@@ -22,7 +22,6 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
-from rclpy.task import Future
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
@@ -53,7 +52,6 @@ class SafetyControllerNode(Node):
         self.controller = SafetyController(self.robot, self.limits)
         self.period = self.controller.period
         self._commands: deque[Command] = deque(maxlen=QUEUE)
-        self._at_rest: Future | None = None
         self._measured: Measured | None = None
         self._last_wall = math.nan
         self._jitter: deque[float] = deque(maxlen=WINDOW)
@@ -112,8 +110,7 @@ class SafetyControllerNode(Node):
             self.controller.stop(2, "emergency stop")
 
     # ------------------------------------------------------------------------------------------------- services
-    async def on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        await self.rest()
+    def on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         age = math.inf if self._measured is None else self.now() - self._measured.stamp
         if not abs(age) <= self.limits.joint_state_timeout:
             response.message = f"not armed: joint states are {age:.2f} s old"
@@ -126,22 +123,16 @@ class SafetyControllerNode(Node):
             response.message = f"not armed: {error}"
         return response
 
-    async def on_disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+    def on_disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self.controller.disarm()
-        await self.rest()
-        response.success, response.message = True, "disarmed"
+        moving = self.controller.state == State.STOPPING
+        response.success, response.message = True, "braking, then disarmed" if moving else "disarmed"
         return response
 
     def on_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self.controller.stop(2, "stop service")
         response.success, response.message = True, "stopping; latched until armed again"
         return response
-
-    async def rest(self) -> None:
-        """Wait until the arms brake no longer."""
-        if self.controller.state == State.STOPPING:
-            self._at_rest = self._at_rest or Future()
-            await self._at_rest
 
     # --------------------------------------------------------------------------------------------------- the loop
     def now(self) -> float:
@@ -158,9 +149,6 @@ class SafetyControllerNode(Node):
             self.controller.offer(self._commands.popleft(), now)
         decision = self.controller.step(newest, self._measured, now)
         self.publish(decision, stamp.to_msg(), elapsed)
-        if self._at_rest is not None and decision.state != State.STOPPING:
-            self._at_rest.set_result(None)
-            self._at_rest = None
         if not math.isnan(elapsed):
             self._jitter.append(abs(elapsed - self.period))
             self._overruns += elapsed > 2.0 * self.period
