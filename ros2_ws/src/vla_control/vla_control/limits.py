@@ -21,8 +21,8 @@ def braking_speed(distance: np.ndarray, acceleration: np.ndarray, period: float)
         acceleration: a, rad/s^2 (m/s^2).
         period: s.
     """
-    step = acceleration * period
-    return np.sqrt(step * step + 2.0 * acceleration * distance) - step
+    step, room = acceleration * period, 2.0 * acceleration * distance
+    return room / (np.sqrt(step * step + room) + step)
 
 
 def approach_speed(distance: np.ndarray, acceleration: np.ndarray, period: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from vla_core.robot import Arm
 
 from vla_control.command import ArmCommand, CommandRefused
 from vla_control.ik import DifferentialIk
-from vla_control.limits import approach_speed, braking_speed, velocity_bounds
+from vla_control.limits import RETURN_SPEED, approach_speed, braking_speed, velocity_bounds
 
 LIMIT_NAMES = ("velocity", "acceleration", "position")
 #: A bound counts as active within this of it, rad/s.
@@ -72,6 +72,7 @@ class ArmMotion:
     def release(self) -> None:
         """Drop the goal: it is where the command is."""
         self._aim_here()
+        self._cut = False  # the newest delta was, for the goal's lead
         self._joint_goal: np.ndarray | None = None
         self._joint_setpoint = self.q
         self._gripper_goal = self.gripper
@@ -109,7 +110,7 @@ class ArmMotion:
             if length > most:
                 raise CommandRefused("jump", f"arm {name}: {length:.4f} {unit} in {period} s, at most {most:.4f}")
 
-    def take(self, command: ArmCommand, end: float) -> None:
+    def take(self, command: ArmCommand, now: float, end: float) -> None:
         """Move the goal; the set-point is there at time `end`, s."""
         if command.joints is not None:
             if self._joint_goal is None:
@@ -119,7 +120,9 @@ class ArmMotion:
             if self._joint_goal is not None:
                 self._joint_goal = None
                 self._aim_here()
-            self.goal = se3.apply_delta(self.goal, command.delta)
+            delta = self._within_lead(command.delta, end - now)
+            self._cut = delta is not command.delta
+            self.goal = se3.apply_delta(self.goal, delta)
             self._keep_in_workspace(self.goal)
         self._end = end
         if not math.isnan(command.gripper):
@@ -252,35 +255,57 @@ class ArmMotion:
         lower, upper = _hull(box.lower, box.upper, p)
         return bool(((then < lower) | (then > upper)).any())
 
-    def _keep_in_workspace(self, T: np.ndarray) -> None:
-        """Move a pose (in place) into the workspace; who is outside is not torn inside, nor let farther out."""
-        T[:3, 3] = np.clip(T[:3, 3], *_hull(self.arm.workspace.lower, self.arm.workspace.upper, self.T[:3, 3]))
+    def _keep_in_workspace(self, T: np.ndarray, step: float = 0.0) -> None:
+        """Move a pose (in place) into the workspace; while the tool is outside, only `step` (m) nearer than that."""
+        box, p = self.arm.workspace, self.T[:3, 3]
+        nearer = p + np.clip(np.clip(p, box.lower, box.upper) - p, -step, step)
+        T[:3, 3] = np.clip(T[:3, 3], *_hull(box.lower, box.upper, nearer))
+
+    def _most_lead(self, left: float) -> tuple[float, float]:
+        """How far the goal may lead, m and rad, when its motion is due in `left` s."""
+        limits, tool = self._limits, self.arm.tool_limits
+        due = max(left - self._period, 0.0)
+        rotation = min(limits.max_lead_rotation + tool.rotation * due, _MOST_ROTATION)
+        return limits.max_lead + tool.speed * due, rotation
+
+    def _within_lead(self, delta: np.ndarray, left: float) -> np.ndarray:
+        """The delta (6,), or as much of it as the goal may lead. What the goal leads by already stays as it is: so an
+        arm that is pushed where it cannot go does not forget the other axes."""
+        lead = se3.delta(self.T, self.goal)
+        moves, turns = self._most_lead(left)
+        share = _share_within(lead[:3], delta[:3], moves), _share_within(lead[3:], delta[3:], turns)
+        return delta if share == (1.0, 1.0) else np.repeat(share, 3) * delta
 
     def _limit_lead(self, now: float) -> list[str]:
-        limits, tool = self._limits, self.arm.tool_limits
-        due = max(self._end - now - self._period, 0.0)
         lead = se3.delta(self.T, self.goal)
-        scale = 1.0
-        for part, most in (
-            (lead[:3], limits.max_lead + tool.speed * due),
-            (lead[3:], min(limits.max_lead_rotation + tool.rotation * due, _MOST_ROTATION)),
-        ):
-            length = _length(part)
-            if length > most:
-                scale = min(scale, most / length)
-        if scale < 1.0:
+        moves, turns = self._most_lead(self._end - now)
+        scale = np.ones(6)
+        scale[:3] = min(1.0, moves / max(_length(lead[:3]), 1e-9))
+        scale[3:] = min(1.0, turns / max(_length(lead[3:]), 1e-9))
+        cut = bool((scale < 1.0 - 1e-9).any())
+        if cut:
             self.goal = se3.apply_delta(self.T, scale * lead)
             self.setpoint = se3.apply_delta(self.T, scale * se3.delta(self.T, self.setpoint))
         box, p = self.arm.workspace, self.T[:3, 3]
-        if ((p < box.lower) | (p > box.upper)).any():  # on the way back from outside: the goal is not left behind there
+        if ((p < box.lower) | (p > box.upper)).any():
             self.goal, self.setpoint = self.goal.copy(), self.setpoint.copy()
-            self._keep_in_workspace(self.goal)
+            self._keep_in_workspace(self.goal, RETURN_SPEED * self._period)
             self._keep_in_workspace(self.setpoint)
-        return ["lead"] if scale < 1.0 else []
+        return ["lead"] if cut or self._cut else []
 
 
 def _length(x: np.ndarray) -> float:
     return math.sqrt(x @ x)
+
+
+def _share_within(lead: np.ndarray, step: np.ndarray, most: float) -> float:
+    """Largest share (0 to 1) of a step (3,) that keeps |lead + share step| <= most, or does not lead farther."""
+    a, b, c = float(step @ step), float(lead @ step), float(lead @ lead) - most * most
+    if a + 2.0 * b + c <= 0.0:
+        return 1.0
+    if c >= 0.0:
+        return 1.0 if b < 0.0 else 0.0
+    return min(1.0, (math.sqrt(b * b - a * c) - b) / a)
 
 
 def _hull(lower: np.ndarray, upper: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,8 @@ class State(IntEnum):
 class SafetyLimits(MotionLimits):
     """What the controller allows beyond the robot description's limits; see MotionLimits for those of the motion.
 
-    command_timeout: without a command for this long the arms brake and hold, s. No older command is taken.
+    command_timeout: without a command for this long (or one and a half periods of the newest one, when that is longer)
+        the arms brake and hold, s. No older command is taken.
     command_slack: commands that come unevenly are drawn out by at most this, s.
     joint_state_timeout: without joint states for this long they do too, s.
     clock_jump: a longer time between two steps is a fault of the clock, s.
@@ -90,7 +91,7 @@ class SafetyDecision:
 
 
 #: A command is late by more than this, s (rounding of times); time in which the lateness of commands is forgotten, s.
-_LATE, _SLACK_TIME = 1e-6, 10.0
+_LATE, _SLACK_TIME = 1e-6, 60.0
 _ARMED = (State.HOLDING, State.RUNNING, State.STOPPING)
 #: What STOPPING may end in; a stop never gives way to one further up in this list.
 _LATCHES = (State.HOLDING, State.DISARMED, State.STOPPED, State.FAULT)
@@ -286,7 +287,8 @@ class SafetyController:
         return ""
 
     def _watch_command(self, now: float) -> None:
-        if now - self._taken > self.limits.command_timeout:
+        period = self._command.period if self._command else 0.0
+        if now - self._taken > max(self.limits.command_timeout, 1.5 * period):
             self._hold("command", f"stale command: none for {now - self._taken:.3f} s")
 
     def _accept(self, command: Command, now: float) -> None:
@@ -311,7 +313,7 @@ class SafetyController:
             motion.check_jump(command.arms[name], command.period)
         self._due = self._schedule(command.period, now)
         for name, motion in self._arms.items():
-            motion.take(command.arms[name], self._due)
+            motion.take(command.arms[name], now, self._due)
         self._command, self._taken = command, now
         self._enter(State.RUNNING, "")
 
