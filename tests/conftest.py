@@ -1,0 +1,47 @@
+"""One running graph for all system tests that leave it in order; tests that end or restart all of it make their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# Helpers of these tests are plain modules beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+
+pytest.importorskip("torch")
+
+from graph import Graph  # noqa: E402 (after the path is set)
+from policies import cut_short, describe, write_policy  # noqa: E402
+from vla_core.actions import ActionSpace  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def policies(tmp_path_factory) -> Path:
+    """A folder of checkpoints: left and right drive; the others are not to be used."""
+    folder = tmp_path_factory.mktemp("policies")
+    left = write_policy(folder / "left", velocity=0.04)
+    describe(left)
+    write_policy(folder / "right", velocity=-0.04)
+    write_policy(folder / "other_camera", cameras={"overhead": (48, 64)})
+    space = ActionSpace(("left", "right"), "joint", (6, 6))
+    joints = {arm: tuple(f"{arm}/{k}" for k in range(6)) for arm in space.arms}
+    write_policy(folder / "two_arms", arms=space.arms, action_space=space, state="joint", joints=joints)
+    cut_short(folder / "cut_short", left)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def running_graph(policies):
+    with Graph(policies / "left.yaml") as graph:
+        graph.until(lambda: graph.policy.active or graph.policy.error, "the policy node is ready")
+        assert graph.policy.active == "left", graph.policy.error
+        yield graph
+
+
+@pytest.fixture
+def graph(running_graph) -> Graph:
+    """The running graph with the arm in motion under the policy `left`."""
+    running_graph.begin()
+    return running_graph

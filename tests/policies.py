@@ -1,0 +1,82 @@
+"""Tiny checkpoints for the system tests: policies that drift to one side, with a network of a few thousand numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import yaml
+from vla_core.actions import ActionSpace
+from vla_models.checkpoint import Checkpoint, write_checkpoint, write_tensors
+from vla_models.normalization import Normalizer
+from vla_models.policy import PolicySpec
+
+HORIZON, PERIOD = 32, 0.05
+NETWORK = {"width": 16, "layers": 1, "heads": 2, "channels": (4, 8), "blocks": (0, 0), "points": 4}
+
+
+def write_policy(folder: Path, velocity: float = 0.0, **changes) -> Path:
+    """Write a flow policy for the Panda with random weights; its tool drifts along y.
+
+    Args:
+        folder: of the checkpoint; its name is the policy's.
+        velocity: of the tool along the base frame's y axis, m/s; what the network adds is about a millimetre.
+        changes: fields of the PolicySpec that differ.
+    """
+    import torch
+    from vla_models import build
+
+    values = {
+        "name": folder.name,
+        "recipe": "flow",
+        "cameras": {"scene": (48, 64), "wrist": (48, 64)},
+        "arms": ("arm",),
+        "state": "pose",
+        "action_space": ActionSpace(("arm",), "pose", (), "chunk", "base", "rotvec"),
+        "horizon": HORIZON,
+        "period": PERIOD,
+        "guidance": ("guided", "prefix"),
+        "steps": 2,
+        "vocabulary": ("", "the"),
+        "prefix_limit": 8,
+        "robot": "panda",
+    }
+    spec = PolicySpec(**(values | changes))
+    # The drift is part of the normalisation: action k is expected at velocity * k * period from the anchor.
+    offset = np.zeros((spec.horizon, spec.action_dim))
+    offset[:, 1] = velocity * spec.period * np.arange(spec.horizon)
+    scale = np.full_like(offset, 1e-3)
+    if spec.action_space.kind == "pose":
+        offset[:, -1], scale[:, 3:6] = 0.5, 2e-3
+    normalizers = {
+        "state": Normalizer("mean_std", np.zeros(spec.state_dim), np.ones(spec.state_dim)),
+        "action": Normalizer("mean_std", offset, scale),
+    }
+    torch.manual_seed(0)
+    policy = build(spec.recipe, spec, normalizers, NETWORK)
+    rng = np.random.default_rng(0)
+    weights = {
+        name: value.numpy() if value.any() else rng.normal(0, 0.05, value.shape).astype(np.float32)
+        for name, value in policy.network.state_dict().items()
+    }
+    write_checkpoint(Checkpoint(spec, normalizers, asdict(policy.config)), folder)
+    write_tensors(folder / "model.safetensors", weights)
+    return folder
+
+
+def cut_short(folder: Path, source: Path) -> Path:
+    """A copy of a checkpoint whose weights end in the middle."""
+    folder.mkdir()
+    (folder / "policy.json").write_bytes((source / "policy.json").read_bytes())
+    weights = (source / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    return folder
+
+
+def describe(checkpoint: Path, **parameters) -> Path:
+    """Write the policy description of a checkpoint beside it."""
+    path = checkpoint.with_suffix(".yaml")
+    values = {"checkpoint": str(checkpoint), "strategy": "rtc_guided", "execution_horizon": 8} | parameters
+    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
+    return path
