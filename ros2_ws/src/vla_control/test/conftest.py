@@ -1,14 +1,17 @@
 """A robot whose joints do what they are sent, and a judge of all that is sent."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from vla_control.command import ArmCommand, Command
 from vla_control.safety import Measured, SafetyController
 from vla_core.kinematics import Kinematics
 from vla_core.robot import load_robot
+
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 
 TOLERANCE = 1e-9
 #: The tool may be outside its workspace by this, m.
@@ -130,9 +133,3 @@ class Rig:
 
     def tools(self, name):
         return np.array([d.commanded[name] for d in self.history])
-
-
-def spread(values):
-    """Largest less smallest, of (k, n) along k."""
-    values = np.asarray(values)
-    return float(np.max(values.max(axis=0) - values.min(axis=0))) if len(values) else math.nan

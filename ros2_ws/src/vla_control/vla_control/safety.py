@@ -220,6 +220,7 @@ class SafetyController:
         self._slack = 0.0  # by which commands may be drawn out, s
         self._lagging_since = math.nan
         self._silent = False
+        self._started = False
 
     def _enter(self, state: State, reason: str) -> None:
         self._state, self._reason = state, reason
@@ -335,7 +336,9 @@ class SafetyController:
     # -------------------------------------------------------------------------------------------------- moving
     def _move(self, now: float) -> dict[str, tuple[str, ...]]:
         limited: dict[str, tuple[str, ...]] = dict.fromkeys(self._arms, ())
-        if self._state == State.RUNNING:
+        if not self._started:
+            self._started = True  # the first targets after arming are where the arms are
+        elif self._state == State.RUNNING:
             for name, motion in self._arms.items():
                 followed = motion.follow(now)
                 limited[name] = ("unsolved",) if followed is None else followed
