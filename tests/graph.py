@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from vla_msgs.srv import ResetWorld
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 #: A deadline, not an expectation: machines that run tests are busy, s of wall time.
-PATIENCE = 90.0
+PATIENCE = float(os.environ.get("VLA_TEST_PATIENCE", "90"))
 _domains = itertools.count(os.getpid() * 7)
 
 
@@ -184,12 +185,10 @@ class Graph(Listener):
     def __init__(self, policy: Path, **arguments: str):
         super().__init__(own_domain())
         self.lines: list[tuple[str, str]] = []
-        processes = load(LAUNCH / "sim.launch.yaml", {"policy": str(policy), "runtime": "torch", **arguments})
-        for process in processes:
-            process.environment |= {"ROS_DOMAIN_ID": str(self.domain)}
-        self._commands = {p.name: p.command for p in processes}
-        self._launch = Launch(processes, lambda name, line: self.lines.append((name, line)))
+        self._arguments = {"policy": str(policy), "runtime": "torch", **arguments}
+        self._launch = self._make(self._arguments)
         self.process("mujoco_node").command += ["-r", "/camera/wrist/image_raw:=/wrist_lead"]
+        self._commands = {p.name: p.command for p in self._launch.processes}
 
     def __enter__(self) -> Graph:
         super().__enter__()
@@ -200,6 +199,21 @@ class Graph(Listener):
     def __exit__(self, *_: object) -> None:
         self._launch.stop()
         super().__exit__()
+
+    def _make(self, arguments: dict[str, str], *names: str) -> Launch:
+        """A launch of sim.launch.yaml, or of some of its processes, in this graph's domain."""
+        processes = load(LAUNCH / "sim.launch.yaml", arguments)
+        for process in processes:
+            process.environment |= {"ROS_DOMAIN_ID": str(self.domain)}
+        chosen = [p for p in processes if p.name in names or not names]
+        return Launch(chosen, lambda name, line: self.lines.append((name, line)))
+
+    @contextmanager
+    def recorder(self, folder: Path) -> Iterator[None]:
+        """Run the recorder beside the graph; bags go to `folder`."""
+        with self._make(self._arguments | {"record": "true", "bags": str(folder)}, "recorder") as launch:
+            yield
+        assert launch.processes[0].popen.returncode == 0
 
     def process(self, name: str) -> Process:
         """A process by its name."""
@@ -215,6 +229,8 @@ class Graph(Listener):
         """Start a process that has ended again; parameters given here count for this time only."""
         process = self.process(name)
         process.command = [*self._commands[name], *(w for k, v in parameters.items() for w in ("-p", f"{k}:={v}"))]
+        if name == "policy_node":
+            self.policy = PolicyStatus()  # that of the process before says nothing any more
         self._launch.start(process)
 
     def output(self, name: str) -> str:
@@ -232,8 +248,9 @@ class Graph(Listener):
         assert self.call(ResetWorld, "/world/reset", ResetWorld.Request(seed=seed)).success
         for name in ("/observation_node/reset", "/chunk_executor/reset"):
             assert self.call(Trigger, name).success
-        self.forget()
         answer = self.call(Trigger, "/safety_controller/arm")
         assert answer.success, answer.message
+        self.until(lambda: self.state != SafetyStatus.DISARMED, "the controller is armed")
+        self.forget()
         self.until(lambda: self.state == SafetyStatus.RUNNING, "the arm moves under the policy")
         self.moved()

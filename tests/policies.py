@@ -12,7 +12,8 @@ from vla_models.checkpoint import Checkpoint, write_checkpoint, write_tensors
 from vla_models.normalization import Normalizer
 from vla_models.policy import PolicySpec
 
-HORIZON, PERIOD = 32, 0.05
+#: Long chunks, so that a busy machine does not run out of them.
+HORIZON, PERIOD = 48, 0.05
 NETWORK = {"width": 16, "layers": 1, "heads": 2, "channels": (4, 8), "blocks": (0, 0), "points": 4}
 
 
