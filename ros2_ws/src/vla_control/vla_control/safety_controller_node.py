@@ -196,8 +196,11 @@ class SafetyControllerNode(Node):
         if shown != self._shown_state:
             self._shown_state = shown
             text = decision.state.name.lower() + (f": {decision.reason}" if decision.reason else "")
-            serious = decision.state in (State.STOPPED, State.FAULT)
-            (self.get_logger().error if serious else self.get_logger().info)(text)
+            # Two calls: rclpy's logger refuses another severity from the same line.
+            if decision.state in (State.STOPPED, State.FAULT):
+                self.get_logger().error(text)
+            else:
+                self.get_logger().info(text)
         if decision.refused and decision.refused != self._last_refusal:
             self._last_refusal = decision.refused
             self.get_logger().warning(f"refused a command: {decision.refused}", throttle_duration_sec=1.0)
