@@ -7,21 +7,15 @@ in simulation by /clock. SIGINT and SIGTERM brake the arms before the node ends.
 
 from __future__ import annotations
 
-import gc
 import math
-import signal
-import sys
 import time
 from collections import deque
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Pose
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
@@ -30,6 +24,7 @@ from vla_core.se3 import matrix_to_pose
 from vla_core.time import seconds
 from vla_msgs import msg
 from vla_msgs.msg import ArmSafety, SafetyStatus
+from vla_ros.run import run_node
 
 from vla_control.command import ArmCommand, Command, CommandRefused
 from vla_control.safety import Measured, SafetyController, SafetyDecision, SafetyLimits, State
@@ -181,7 +176,7 @@ class SafetyControllerNode(Node):
             part.gripper, part.limited = target.gripper, list(decision.limited[part.arm])
         self.status_publisher.publish(status)
 
-    def park(self) -> None:
+    def finish(self) -> None:
         """Brake and disarm, for the end of the node."""
         self.controller.disarm()
         self._commands.clear()
@@ -272,26 +267,7 @@ def _write_pose(pose: Pose, T: np.ndarray) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM; then brake, and end with exit status 0."""
-    asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: asked.append(received))
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    try:
-        node = SafetyControllerNode()
-    except ValueError as error:  # a robot or a parameter that cannot be used
-        rclpy.shutdown()
-        sys.exit(f"safety_controller: {error}")
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    # What is alive now stays alive: collections then look at little and keep the control period.
-    gc.collect()
-    gc.freeze()
-    try:
-        while not asked:
-            executor.spin_once()  # returns at least with every diagnostics message
-        node.park()
-    finally:
-        rclpy.try_shutdown()
+    run_node(SafetyControllerNode, args)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ All decisions are made by `vla_execution.executor.Executor`; this file turns mes
 
 from __future__ import annotations
 
-import sys
 from dataclasses import fields
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from std_srvs.srv import Trigger
 from vla_core.robot import load_robot
 from vla_msgs.msg import ActionChunk, ChunkRequest, Command, PolicyStatus, SafetyStatus
+from vla_ros.run import run_node
 
 from vla_execution.chunk import ChunkRefused
 from vla_execution.executor import Executor
@@ -105,24 +102,10 @@ class ChunkExecutorNode(Node):
         self._diagnostics.publish(message)
 
 
-def main() -> int:
-    rclpy.init()
-    node = None
-    try:
-        node = ChunkExecutorNode()
-        rclpy.spin(node)
-    except (ValueError, ParameterException) as error:
-        if node is not None:
-            raise
-        sys.exit(f"chunk_executor: {error}")  # a robot or a parameter that cannot be used
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    return 0
+def main(args: list[str] | None = None) -> None:
+    """Run the node until SIGINT or SIGTERM."""
+    run_node(ChunkExecutorNode, args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

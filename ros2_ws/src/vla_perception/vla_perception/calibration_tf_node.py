@@ -12,10 +12,10 @@ from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from tf2_msgs.msg import TFMessage
 from vla_core.robot import load_robot
+from vla_ros.run import run_node
 
 from vla_perception.calibrations import load_calibrations
 from vla_perception.messages import transform_stamped
-from vla_perception.spinning import spin
 
 
 class CalibrationTfNode(Node):
@@ -44,7 +44,7 @@ class CalibrationTfNode(Node):
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM."""
-    spin(CalibrationTfNode, args)
+    run_node(CalibrationTfNode, args)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 from vla_calibration.files import CameraCalibration
 from vla_core.robot import Camera, load_robot
+from vla_ros.run import run_node
 
 from vla_perception.calibrations import load_calibrations
 from vla_perception.camera_sources import CameraError, CameraSource, Frame, check_driver, open_source
 from vla_perception.messages import fault_status
-from vla_perception.spinning import spin
 
 #: Time between two attempts to open the camera, s.
 _RETRY = 1.0
@@ -124,7 +124,7 @@ def camera_info(calibration: CameraCalibration | None, camera: Camera) -> Camera
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM."""
-    spin(CameraNode, args)
+    run_node(CameraNode, args)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from tf2_msgs.msg import TFMessage
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import Observation
+from vla_ros.run import run_node
 
 from vla_perception.calibrations import load_calibrations
 from vla_perception.camera_track import HealthLimits
 from vla_perception.messages import fault_status, observation_message, transform_matrix, transform_stamped
 from vla_perception.messages import time_message as to_time
 from vla_perception.observation import ObservationSampler
-from vla_perception.spinning import spin
 from vla_perception.transforms import TransformBuffer, TransformError
 
 #: Least time between two tool poses on /tf, s: with every other call of the timer.
@@ -158,7 +158,7 @@ class ObservationNode(Node):
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM."""
-    spin(ObservationNode, args)
+    run_node(ObservationNode, args)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,22 @@ answer. Further policies are loaded (/policy/load) while the first still drives,
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
+from functools import partial
 
-import rclpy
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from std_msgs.msg import String
-from vla_core.memory import keep_freed_memory
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import ActionChunk, ChunkRequest, Observation, PolicyStatus, StageTiming
 from vla_msgs.srv import LoadPolicy, SwitchPolicy
+from vla_ros.run import run_node
 
 from vla_policy.description import load_description
 from vla_policy.host import PolicyHost
@@ -238,34 +237,24 @@ class PolicyNode(LifecycleNode):
         while not self._closing and (self.get_clock().now() - begin).nanoseconds * 1e-9 < delay:
             time.sleep(0.001)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._worker.join(timeout=5.0)
 
 
-def main() -> None:
-    keep_freed_memory()
-    rclpy.init()
-    node = None
-    try:
-        node = PolicyNode()
-        executor = MultiThreadedExecutor(num_threads=2)
-        executor.add_node(node)
-        if node.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-            node.trigger_activate()
-        executor.spin()
-    except ValueError as error:
-        if node is not None:
-            raise
-        sys.exit(f"policy_node: {error}")  # a robot or a parameter that cannot be used
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        if node is not None:
-            node.close()
-        rclpy.try_shutdown()
+def make_node() -> PolicyNode:
+    """The node; with the parameter autostart configured and activated."""
+    node = PolicyNode()
+    if node.autostart and node.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+        node.trigger_activate()
+    return node
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the node until SIGINT or SIGTERM."""
+    run_node(make_node, args, partial(MultiThreadedExecutor, num_threads=2))
 
 
 if __name__ == "__main__":

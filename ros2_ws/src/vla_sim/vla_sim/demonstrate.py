@@ -88,9 +88,7 @@ def demonstrate(world, seed: int, settings: Settings) -> Result:
         writer = EpisodeWriter(bag, world)
         writer.begin()
         announced = False
-        for period in rollout(
-            world, expert.target, expert.kind, cameras, settings.camera_rate, disturbance, tail=TAIL
-        ):
+        for period in rollout(world, expert.target, expert.kind, cameras, settings.camera_rate, disturbance, tail=TAIL):
             if world.outcome().success and not announced:
                 writer.event(EpisodeEvent.SUCCESS)
                 announced = True
@@ -187,9 +185,7 @@ def _arguments() -> tuple[Settings, int, int, int]:
         if not separator:
             parser.error(f"--option: expected KEY=VALUE, found {option!r}")
         options.append((key, value))
-    settings = Settings(
-        given.robot, given.task, given.out, given.camera_rate, given.noise, given.start, tuple(options)
-    )
+    settings = Settings(given.robot, given.task, given.out, given.camera_rate, given.noise, given.start, tuple(options))
     # With several processes each draws with one thread of software rendering.
     if given.workers > 1:
         os.environ.setdefault("LP_NUM_THREADS", "0")

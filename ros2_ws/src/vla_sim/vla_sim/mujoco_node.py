@@ -6,23 +6,22 @@ period; another draws the cameras' pictures. Nothing arrives from the controller
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import Executor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
-from vla_core.memory import keep_freed_memory
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import EpisodeEvent
 from vla_msgs.srv import ResetWorld
+from vla_ros.run import run_node
 
 from vla_sim import messages
 from vla_sim.camera_thread import CameraThread
@@ -34,7 +33,7 @@ BEST_EFFORT = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 class MujocoNode(Node):
-    """Topics and services of a simulated robot; `run` drives everything until the context ends."""
+    """Topics and services of a simulated robot; `run` drives everything until it is to end."""
 
     def __init__(self) -> None:
         super().__init__("mujoco_node")
@@ -66,19 +65,18 @@ class MujocoNode(Node):
         self.create_timer(1.0, self._diagnose, clock=steady)
         self.get_logger().info(f"{robot.name}: task {self.world.episode.task}, {self.world.episode.instruction!r}")
 
-    def run(self) -> None:
-        """Step and serve callbacks until the context is shut down."""
-        executor = SingleThreadedExecutor(context=self.context)
-        executor.add_node(self)
-        try:
-            while self.context.ok():
-                while (remaining := self._pacer.remaining()) > 0.0:
-                    executor.spin_once(timeout_sec=remaining)
-                executor.spin_once(timeout_sec=0.0)
-                self._tick()
-                self._pacer.advance()
-        finally:
-            self._cameras.close()
+    def run(self, executor: Executor, ended: Callable[[], bool]) -> None:
+        """Step and serve callbacks until `ended()`."""
+        while not ended():
+            while (remaining := self._pacer.remaining()) > 0.0:
+                executor.spin_once(timeout_sec=remaining)
+            executor.spin_once(timeout_sec=0.0)
+            self._tick()
+            self._pacer.advance()
+
+    def finish(self) -> None:
+        """End the thread of the cameras."""
+        self._cameras.close()
 
     # ------------------------------------------------------------------------------------------------- periods
 
@@ -100,10 +98,9 @@ class MujocoNode(Node):
 
     def _publish_picture(self, camera: str, time: float, picture: np.ndarray) -> None:
         """In the cameras' thread."""
-        if self.context.ok():
-            image = messages.image(self.world, camera, time, picture)
-            self._images[camera].publish(image)
-            self._infos[camera].publish(messages.camera_info(self.world, camera, image))
+        image = messages.image(self.world, camera, time, picture)
+        self._images[camera].publish(image)
+        self._infos[camera].publish(messages.camera_info(self.world, camera, image))
 
     # ----------------------------------------------------------------------------------------------- callbacks
 
@@ -154,18 +151,8 @@ class MujocoNode(Node):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the executable."""
-    keep_freed_memory()
-    rclpy.init(args=args)
-    try:
-        MujocoNode().run()
-    except ValueError as error:
-        print(f"mujoco_node: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    finally:
-        rclpy.try_shutdown()
+    """Run the node until SIGINT or SIGTERM."""
+    run_node(MujocoNode, args)
 
 
 if __name__ == "__main__":

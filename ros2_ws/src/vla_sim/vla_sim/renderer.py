@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import weakref
 
@@ -47,8 +48,11 @@ class Renderer:
         self._gl.make_current()
         self._context = mujoco.MjrContext(_coarsened(model), mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
-        # Runs at exit too, while OpenGL is still there to free.
         self._free = weakref.finalize(self, _free, self._context, self._gl)
+        # Before EGL's own exit handler, which was registered when the first context was made; that of `weakref` may
+        # be an older one and come after it.
+        self._free.atexit = False
+        atexit.register(self._free)
 
     def draw(self, shot: Shot, width: int, height: int) -> np.ndarray:
         """(height, width, 3) uint8 RGB picture."""

@@ -27,13 +27,13 @@ from std_srvs.srv import Trigger
 from vla_core.robot import load_robot
 from vla_msgs.msg import EpisodeEvent, PolicyStatus
 from vla_msgs.srv import StartEpisode, StopEpisode
+from vla_ros.run import run_node
 
 from vla_teleop import interfaces
 from vla_teleop.bag_writer import BagError
 from vla_teleop.episode_recorder import EpisodeRecorder, RawMessage, RecorderError
 from vla_teleop.recorded_topics import RecordedTopic, recorded_topics
 from vla_teleop.recover import recover_all
-from vla_teleop.running import run_node
 
 # Deep enough for the executor to be away for a second (closing a bag) without losing a message.
 _DEPTH = 500

@@ -18,11 +18,11 @@ from std_srvs.srv import Trigger
 from vla_core.robot import load_robot
 from vla_msgs.msg import ArmCommand, Command, SafetyStatus
 from vla_msgs.srv import StartEpisode, StopEpisode
+from vla_ros.run import run_node
 
 from vla_teleop.devices import DeviceError, TeleopDevice, TeleopInput
 from vla_teleop.gamepad import Gamepad
 from vla_teleop.keyboard import Keyboard
-from vla_teleop.running import run_node
 from vla_teleop.teleoperation import ArmMotion, Motion, Teleoperation
 
 _DEVICES = {"keyboard": Keyboard, "gamepad": Gamepad}

@@ -1,0 +1,281 @@
+"""The real node over real topics, on the wall clock."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+rclpy = pytest.importorskip("rclpy")
+
+from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from sensor_msgs.msg import JointState  # noqa: E402
+from std_msgs.msg import Bool  # noqa: E402
+from std_srvs.srv import Trigger  # noqa: E402
+from vla_core.robot import load_robot  # noqa: E402
+from vla_msgs.msg import ArmCommand, Command, SafetyStatus  # noqa: E402
+
+PATIENCE = 60.0
+#: Time-outs of the node under test, s: long, since the machine may be busy with other things.
+TIMEOUT = 0.5
+NODE = [sys.executable, "-m", "vla_control.safety_controller_node", "--ros-args"]
+
+
+class Graph:
+    """The node as a process, and a robot with a sender of commands at 100 Hz beside it."""
+
+    def __init__(self, robot):
+        self.robot = load_robot(robot)
+        # Domains of this process and node only.
+        self.domain = int(os.environ.get("ROS_DOMAIN_ID", 26))
+        parameters = ["-p", f"robot:={robot}"]
+        for name in ("command_timeout", "joint_state_timeout"):
+            parameters += ["-p", f"{name}:={TIMEOUT}"]
+        environment = os.environ | {
+            "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+            "ROS_DOMAIN_ID": str(self.domain),
+        }
+        self.process = subprocess.Popen(NODE + parameters, env=environment, stderr=subprocess.PIPE, text=True)
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context, domain_id=self.domain)
+        self.node = Node("robot_and_sender", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.status, self.diagnostics = [], []
+        self.targets = {arm.name: [] for arm in self.robot.arms}
+        for name, heard in self.targets.items():
+            self.node.create_subscription(JointState, f"/{name}/joint_targets", heard.append, 100)
+        self.node.create_subscription(SafetyStatus, "/safety_status", self.status.append, 100)
+        self.node.create_subscription(DiagnosticArray, "/diagnostics", self.diagnostics.append, 10)
+        self._joints = self.node.create_publisher(JointState, "/joint_states", 10)
+        self._commands = self.node.create_publisher(Command, "/command", 5)
+        self.emergency_stop = self.node.create_publisher(Bool, "/emergency_stop", 10)
+        self.services = {
+            name: self.node.create_client(Trigger, f"/safety_controller/{name}") for name in ("arm", "disarm", "stop")
+        }
+        self.positions = {j: float(q) for arm in self.robot.arms for j, q in zip(arm.joints, arm.home)}
+        for arm in self.robot.arms:
+            self.positions |= arm.gripper.positions(0.5)
+        self.sending, self.sequence, self.speed = False, 0, 0.02
+        self.node.create_timer(0.01, self.tick)
+
+    def tick(self):
+        for heard in self.targets.values():
+            if heard:
+                self.positions |= dict(zip(heard[-1].name, heard[-1].position))
+        message = JointState(name=list(self.positions), position=list(self.positions.values()))
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        self._joints.publish(message)
+        if self.sending:
+            self._commands.publish(self.command())
+
+    def command(self, **fields):
+        self.sequence += 1
+        message = Command(sequence=self.sequence, source="test", period=0.01, **fields)
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        for arm in self.robot.arms:
+            part = ArmCommand(arm=arm.name, gripper=float("nan"))
+            part.translation.y = self.speed * 0.01
+            message.arms.append(part)
+        return message
+
+    def until(self, condition, patience=PATIENCE):
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            self.executor.spin_once(timeout_sec=0.05)
+        return False
+
+    def state(self):
+        return self.status[-1].state if self.status else None
+
+    def until_state(self, state):
+        assert self.until(lambda: self.state() == state), f"expected {state}, found {self.status[-1:]}"
+        return self.status[-1]
+
+    def call(self, name):
+        assert self.until(self.services[name].service_is_ready)
+        future = self.services[name].call_async(Trigger.Request())
+        assert self.until(future.done)
+        return future.result()
+
+    def arm(self):
+        """Armed; the service refuses as long as no joint states have come."""
+        assert self.until(lambda: self.call("arm").success)
+        self.until_state(SafetyStatus.HOLDING)
+
+    def run(self):
+        self.sending = True
+        self.until_state(SafetyStatus.RUNNING)
+        assert self.until(lambda: any(abs(v) > 0.005 for v in self.status[-1].arms[0].velocity))
+
+    def rest(self):
+        """Disarmed, with nothing sent and nothing counted against the next test."""
+        self.sending = False
+        assert self.call("disarm").success
+        self.until_state(SafetyStatus.DISARMED)
+        self.positions |= {j: float(q) for arm in self.robot.arms for j, q in zip(arm.joints, arm.home)}
+        for heard in self.targets.values():
+            heard.clear()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stderr.close()
+        self.executor.shutdown()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    graph = Graph("aloha")
+    yield graph
+    graph.close()
+
+
+@pytest.fixture
+def graph(shared):
+    shared.until(lambda: shared.status)
+    shared.rest()
+    yield shared
+    shared.sending = False
+
+
+def test_nothing_is_sent_until_armed(graph):
+    graph.sending = True
+    count = len(graph.status)
+    assert graph.until(lambda: len(graph.status) > count + 30)
+    assert graph.state() == SafetyStatus.DISARMED
+    assert not any(graph.targets.values())
+    assert graph.status[-1].refused > 0
+    graph.sending = False
+    graph.arm()
+    assert graph.until(lambda: all(graph.targets.values()))
+    first = graph.targets["left"][0]
+    arm = graph.robot.arm("left")
+    assert list(first.name) == [*arm.joints, *(j.name for j in arm.gripper.joints)]
+    assert list(first.position[:6]) == pytest.approx(arm.home)
+
+
+def test_silence_holds_both_arms_within_a_period_of_the_time_out(graph):
+    graph.arm()
+    graph.run()
+    graph.sending = False
+    held = graph.until_state(SafetyStatus.HOLDING)
+    assert "stale command" in held.reason
+    running = [s for s in graph.status if s.state == SafetyStatus.RUNNING][-1]
+    first = graph.status[graph.status.index(running) + 1]
+    # Decided in the first period in which the command was too old, whenever the machine came to it.
+    assert running.command_age <= TIMEOUT + 0.011
+    assert first.state in (SafetyStatus.STOPPING, SafetyStatus.HOLDING)
+    assert all(v == 0.0 for arm in held.arms for v in arm.velocity)
+    graph.run()
+
+
+def test_an_emergency_stop_is_latched_until_armed(graph):
+    graph.arm()
+    graph.run()
+    graph.emergency_stop.publish(Bool(data=True))
+    graph.until_state(SafetyStatus.STOPPED)
+    graph.emergency_stop.publish(Bool(data=False))
+    count = len(graph.status)
+    assert graph.until(lambda: len(graph.status) > count + 30)
+    assert {s.state for s in graph.status[count:]} == {SafetyStatus.STOPPED}
+    assert graph.status[-1].reason == "emergency stop"
+    graph.sending = False
+    graph.arm()
+    graph.run()
+
+
+def test_stop_is_left_by_arming_and_nothing_is_sent_once_disarmed(graph):
+    graph.arm()
+    graph.run()
+    assert graph.call("stop").success
+    graph.sending = False
+    assert graph.until(lambda: graph.call("arm").success)  # refused as long as the arms brake
+    graph.run()
+    assert graph.call("disarm").success
+    assert graph.until(lambda: graph.state() == SafetyStatus.DISARMED)
+    graph.sending = False
+    count = {n: len(t) for n, t in graph.targets.items()}
+    seen = len(graph.status)
+    assert graph.until(lambda: len(graph.status) > seen + 10)
+    assert count == {n: len(t) for n, t in graph.targets.items()}
+
+
+def test_arming_a_moving_robot_is_refused_with_a_reason(graph):
+    graph.arm()
+    graph.run()
+    answer = graph.call("arm")
+    assert not answer.success
+    assert "at rest" in answer.message
+
+
+@pytest.mark.parametrize("wrong", ["not_finite", "arms", "size", "frame"])
+def test_a_bad_command_is_refused_and_counted(graph, wrong):
+    graph.arm()
+    before = graph.status[-1].refused
+    bad = graph.command()
+    if wrong == "not_finite":
+        bad.arms[0].translation.x = float("nan")
+    elif wrong == "arms":
+        bad.arms = [bad.arms[0], bad.arms[0]]
+    elif wrong == "size":
+        bad.arms[1].mode = 9
+    else:
+        bad.header.frame_id = "left_tool"
+    graph._commands.publish(bad)
+    assert graph.until(lambda: graph.status[-1].refused == before + 1)
+    assert graph.state() == SafetyStatus.HOLDING
+
+    def counted():
+        values = {v.key: v.value for m in graph.diagnostics[-1:] for s in m.status for v in s.values}
+        return int(values.get(f"refused: {wrong}", 0)) >= 1
+
+    assert graph.until(counted)
+
+
+def test_joint_states_without_a_joint_hold(graph):
+    graph.arm()
+    graph.run()
+    waist = graph.positions.pop("vx300s_right/waist")
+    stopped = graph.targets.pop("right")  # the robot's side no longer fills it in
+    assert "stale joint states" in graph.until_state(SafetyStatus.HOLDING).reason
+    graph.targets["right"] = stopped
+    graph.positions["vx300s_right/waist"] = waist
+    graph.run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_brakes_and_ends_the_node_quietly(number):
+    graph = Graph("panda")
+    try:
+        graph.arm()
+        graph.speed = 0.1
+        graph.run()
+        graph.process.send_signal(number)
+        assert graph.until(lambda: graph.process.poll() is not None)
+        graph.until(lambda: graph.state() == SafetyStatus.DISARMED, patience=5.0)
+        last = graph.targets["arm"][-1]
+        assert max(abs(v) for v in last.velocity) < 0.06  # a period of braking before rest at most
+        assert graph.process.returncode == 0
+        assert "Traceback" not in graph.process.stderr.read()
+    finally:
+        graph.close()
+
+
+@pytest.mark.parametrize(
+    "parameter, message",
+    [("robot:=nobody", "robot 'nobody'"), ("command_timeout:=-1.0", "command_timeout: expected a number")],
+)
+def test_a_bad_parameter_is_one_clear_error(parameter, message):
+    result = subprocess.run([*NODE, "-p", parameter], capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
