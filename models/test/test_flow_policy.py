@@ -6,9 +6,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from vla_core.actions import ActionSpace  # noqa: E402
 from vla_models import build  # noqa: E402
-from vla_models.flow_policy import velocity_of  # noqa: E402
+from vla_models.flow_policy import CameraTokens, FlowConfig, velocity_of  # noqa: E402
 from vla_models.normalization import Normalizer  # noqa: E402
-from vla_models.policy import PolicySpec  # noqa: E402
+from vla_models.policy import PolicyError, PolicySpec  # noqa: E402
 from vla_models.torch_policy import Batch  # noqa: E402
 
 
@@ -69,3 +69,20 @@ def test_loss_is_a_function_of_its_generator(policy_of):
         policy.network.loss(batch, torch.Generator().manual_seed(seed))["loss"].item() for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("size", [(96, 128), (96, 171), (97, 130), (120, 160)])
+def test_a_camera_gives_its_tokens_whatever_rounding_its_size_needs(size):
+    config = FlowConfig()
+    with torch.no_grad():
+        tokens = CameraTokens(size, config)(torch.rand(2, 3, *size), torch.zeros(2, config.width))
+    assert tokens.shape == (2, 4 + 3 * 4, config.width)
+
+
+@pytest.mark.parametrize(("size", "pool"), [((96, 128), (5, 4)), ((16, 128), (3, 4)), ((96, 128), (0, 4))])
+def test_pooling_that_the_grid_does_not_allow_is_named(size, pool):
+    grid = (size[0] // 8, 16)
+    words = f"feature grid {grid} of a camera of {size[0]} x {size[1]} pixels, found {pool}"
+    with pytest.raises(PolicyError) as error:
+        CameraTokens(size, FlowConfig(pool=pool))
+    assert words in str(error.value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vla_models.attention import Attention, attend, sinusoids, split_heads
 from vla_models.backbones import FilmEncoder, LanguageEncoder, SpatialSoftmax
-from vla_models.policy import ChunkPrefix, ModelInputs, PolicySpec
+from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
 from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
 from vla_models.torch_policy import Batch, TorchPolicy
 
@@ -48,18 +48,27 @@ class FlowConfig:
 
 
 class CameraTokens(nn.Module):
-    """One camera: image -> tokens (B, 4 + pool, width), from its keypoints and from its pooled features."""
+    """One camera: image -> tokens (B, 4 + pool, width), from its keypoints and from its pooled features.
+
+    size: (height, width), pixels. The feature grid, an eighth of it, is pooled in equal windows; what is left over at
+    its right and lower edge is not pooled. Raises PolicyError when `config.pool` windows are not what fits in.
+    """
 
     def __init__(self, size: tuple[int, int], config: FlowConfig):
         super().__init__()
-        grid = (-(-size[0] // 8), -(-size[1] // 8))
+        grid = tuple(-(-(pixels // 4) // 2) for pixels in size)  # of FilmEncoder
+        self.window = tuple(cells // max(pooled, 1) for cells, pooled in zip(grid, config.pool, strict=True))
+        if 0 in self.window or tuple(c // w for c, w in zip(grid, self.window, strict=True)) != tuple(config.pool):
+            raise PolicyError(
+                f"network.pool: expected rows and columns that fit the feature grid {grid} of a camera of "
+                f"{size[0]} x {size[1]} pixels, found {tuple(config.pool)}"
+            )
         channels = config.channels[1]
         self.encoder = FilmEncoder(config.channels, config.blocks, config.width)
         self.keypoints = SpatialSoftmax(channels, config.points, grid)
         self.point_tokens = nn.Sequential(
             nn.Linear(2 * config.points, config.width), nn.SiLU(), nn.Linear(config.width, 4 * config.width)
         )
-        self.window = (grid[0] // config.pool[0], grid[1] // config.pool[1])
         self.pooled = nn.Linear(channels, config.width)
         self.positions = nn.Parameter(torch.randn(4 + config.pool[0] * config.pool[1], config.width) * 0.02)
 
