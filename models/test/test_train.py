@@ -1,5 +1,6 @@
 """Training: it learns, resumes exactly, stops when told, refuses what does not fit."""
 
+import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -158,6 +159,49 @@ def test_settings_nest_by_dots_and_unknown_ones_are_refused():
     assert make_spec(config, "flow", "x").cameras == {"scene": (48, 64)}
     with pytest.raises(PolicyError, match="unknown settings.*bach"):
         make_train_config("flow", {"bach": 1})
+    with pytest.raises(PolicyError, match="unknown settings.*network.wide"):
+        make_train_config("flow", parse_settings(["network.wide=3"]))
+
+
+def test_numbers_are_read_as_people_write_them():
+    settings = parse_settings(["lr=5e-4", "clip=10", "decay=1E-4", "network.prefix_share=1e-1", "gripper=[0, 4e-2]"])
+    config = make_train_config("flow", settings)
+    assert (config.lr, config.clip, config.decay, config.gripper) == (5e-4, 10.0, 1e-4, (0.0, 0.04))
+    assert config.network == {"prefix_share": 0.1}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(TrainConfig)])
+def test_every_setting_of_the_wrong_type_is_named_in_one_line(field):
+    with pytest.raises(PolicyError, match=rf"^setting {field}: expected [^\n]+, found True$"):
+        make_train_config("flow", parse_settings([f"{field}=true"]))
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("lr=fast", "setting lr: expected a number, found 'fast'"),
+    ("batch=2.5", "setting batch: expected a whole number, found 2.5"),
+    ("name=5", "setting name: expected text, found 5"),
+    ("guidance=guided", "setting guidance: expected a list, found 'guided'"),
+    ("guidance=[1]", "setting guidance[0]: expected text, found 1"),
+    ("gripper=[0, 1, 2]", "setting gripper: expected a list of 2, found [0, 1, 2]"),
+    ("cameras.scene=96", "setting cameras.scene: expected a list of 2, found 96"),
+    ("cameras.scene=[96, wide]", "setting cameras.scene[1]: expected a whole number, found 'wide'"),
+    ("network.blocks=[1]", "setting network.blocks: expected a list of 2, found [1]"),
+    ("cameras=[1", "setting cameras: expected YAML, found"),
+    ("lr", "setting: expected key=value, found 'lr'"),
+])  # fmt: skip
+def test_wrong_settings_say_what_was_expected_and_found(setting, message):
+    with pytest.raises(PolicyError) as error:
+        make_train_config("flow", parse_settings([setting]))
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_settings_file_that_is_no_mapping_ends_the_command_with_one_line(tmp_path):
+    (tmp_path / "settings.yaml").write_text("- lr\n")
+    arguments = ["--recipe", "flow", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"^train: settings: expected key: value, found \['lr'\]$"):
+        main([*arguments, "--config", str(tmp_path / "settings.yaml")])
+    with pytest.raises(PolicyError, match="setting lr: expected key: value, found 1"):
+        parse_settings(["lr=1", "lr.x=2"])
 
 
 @pytest.mark.parametrize(("recipe", "robot"), [("flow", "panda"), ("act", "aloha")])

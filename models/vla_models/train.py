@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 # Threads that wait must not spin: a training often shares its cores. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -70,13 +70,13 @@ class TrainConfig:
 
     name: str = ""
     robot: str = "panda"
-    cameras: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    cameras: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     state: str = "pose"
     kind: str = "pose"
     reference: str = "chunk"
     frame: str = "base"
     rotation: str = "rotvec"
-    gripper: Sequence[float] = (0.0, 1.0)
+    gripper: tuple[float, float] = (0.0, 1.0)
     horizon: int = 32
     period: float = 0.05
     steps: int = 1
@@ -386,16 +386,16 @@ def plot(folder: Path) -> None:
 
 
 def make_train_config(recipe: str, values: Mapping[str, Any]) -> TrainConfig:
-    """The recipe's defaults with `values` on top. Raises PolicyError for unknown keys."""
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    if unknown := set(values) - names:
-        raise PolicyError(f"training: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
-    return TrainConfig(**(dict(policy_class(recipe).training) | dict(values)))
+    """The recipe's defaults with `values` on top. Raises PolicyError for unknown settings and for wrong types."""
+    kind = policy_class(recipe)
+    settings = _typed_fields(TrainConfig, {**kind.training, **values})
+    network = _typed_fields(kind.Config, settings.get("network", {}), "network.")
+    return TrainConfig(**(settings | {"network": network}))
 
 
 def parse_settings(pairs: Sequence[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """key=value words, nested by dots, values in YAML, on top of `base`. Raises PolicyError."""
-    tree = dict(base or {})
+    tree = dict(typed("settings", base or {}, Mapping))
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
@@ -403,10 +403,42 @@ def parse_settings(pairs: Sequence[str], base: Mapping[str, Any] | None = None) 
         *path, last = key.split(".")
         node = tree
         for name in path:
-            node[name] = dict(node.get(name) or {})
+            node[name] = dict(typed(f"setting {name}", node.get(name) or {}, Mapping))
             node = node[name]
-        node[last] = yaml.safe_load(value)
+        node[last] = _yaml(f"setting {key}", value)
     return tree
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type hint `kind` wants it, lists as tuples.
+
+    Where a number is wanted, a whole number does, and text that reads as one: YAML 1.1 takes 5e-4 for text. Kinds
+    other than bool, int, float, str, sequences and mappings are not looked at. Raises PolicyError, which calls the
+    value `name`.
+    """
+    outer, parts = get_origin(kind) or kind, get_args(kind)
+    found = type(value)
+    if outer is float and found in (int, float, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif outer in (bool, int, float, str):
+        if found is outer:
+            return value
+    elif outer is Mapping:
+        if isinstance(value, Mapping):
+            return {k: typed(f"{name}.{k}", v, parts[1]) for k, v in value.items()} if parts else value
+    elif outer in (tuple, Sequence) and parts:
+        count = None if outer is Sequence or ... in parts else len(parts)
+        if isinstance(value, (list, tuple)) and count in (None, len(value)):
+            kinds = parts if count else parts[:1] * len(value)
+            return tuple(typed(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(value, kinds, strict=True)))
+    else:
+        return value
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Mapping: "key: value"}
+    wanted = expected.get(outer) or (f"a list of {count}" if count else "a list")
+    raise PolicyError(f"{name}: expected {wanted}, found {value!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -435,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stopped = True
 
     try:
-        base = yaml.safe_load(given.config.read_text()) if given.config else {}
+        base = _yaml(str(given.config), given.config.read_text()) if given.config else {}
         config = make_train_config(given.recipe, parse_settings(given.settings, base))
         spec = make_spec(config, given.recipe, given.out.resolve().name)
         if given.threads:
@@ -461,6 +493,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("train: interrupted")
     print(f"{given.out}: saved{' (interrupted)' if stopped else ''}")
+
+
+def _typed_fields(kind: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` as the dataclass `kind` declares them."""
+    hints = get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    if unknown := set(values) - names:
+        found = sorted(f"{prefix}{name}" for name in unknown)
+        raise PolicyError(f"training: unknown settings {found}; expected among {sorted(names)}")
+    return {name: typed(f"setting {prefix}{name}", value, hints[name]) for name, value in values.items()}
+
+
+def _yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PolicyError(f"{name}: expected YAML, found {' '.join(str(error).split())}") from error
 
 
 def _check_resumed(saved: Checkpoint, spec: PolicySpec, recipe: str) -> None:
