@@ -118,6 +118,67 @@ def test_resuming_with_other_settings_or_a_broken_state_is_refused(spec_of, epis
         train("flow", episodes, spec, config, tmp_path, 2, resume=True, quiet=True)
 
 
+@pytest.fixture
+def interrupted(spec_of, episodes_of, tiny, tmp_path, monkeypatch):
+    """A training of 10 steps, ended after 4, with the spec that the command makes of its settings; and its settings."""
+    monkeypatch.setattr("vla_models.train.load_episodes", lambda data, spec, *_: episodes_of(spec, 5, 4))
+    monkeypatch.setattr("vla_models.train.signal.signal", lambda *_: None)
+    values = {"cameras": {"scene": [24, 32]}, "horizon": 8, "batch": 4, "warmup": 3, "network": tiny["flow"]}
+    config = make_train_config("flow", values)
+    spec, asked = make_spec(config, "flow", "parts"), []
+    train("flow", episodes_of(spec, 5, 4), spec, config, tmp_path / "parts", 10, seed=3, quiet=True,
+          stop=lambda: asked.append(1) or len(asked) > 4)  # fmt: skip
+    return tmp_path / "parts", spec, config
+
+
+def test_resuming_needs_nothing_said_again(interrupted, episodes_of, tmp_path):
+    folder, spec, config = interrupted
+    train("flow", episodes_of(spec, 5, 4), spec, config, tmp_path / "whole", 10, seed=3, quiet=True)
+    main(["--resume", "--data", "bags", "--out", str(folder), "network.layers=2", "horizon=8"])
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    facts = json.loads((folder / "policy.json").read_text())["facts"]
+    assert (facts["steps"], facts["seed"], facts["budget"]) == (10, 3, {"steps": 10, "minutes": None})
+
+
+def test_length_and_course_of_a_training_may_change_when_it_is_resumed(interrupted):
+    folder, *_ = interrupted
+    main(["--resume", "--data", "bags", "--out", str(folder), "--steps", "6", "lr=5e-4", "batch=2", "jitter=0.1"])
+    facts = json.loads((folder / "policy.json").read_text())["facts"]
+    assert (facts["steps"], facts["budget"]["steps"]) == (6, 6)
+    assert [facts["train"][name] for name in ("lr", "batch", "jitter", "warmup")] == [5e-4, 2, 0.1, 3]
+    assert facts["last"]["lr"] == pytest.approx(0.01 * 5e-4)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["horizon=16"], "horizon: expected 8, found 16"),
+    (["validation=0.5"], "validation: expected 0.05, found 0.5"),
+    (["network.width=64"], "network.width: expected 32, found 64"),
+    (["cameras.wrist=[24, 32]"], "cameras.scene: expected (24, 32), found None"),
+    (["--recipe", "act"], "recipe: expected 'flow', found 'act'"),
+    (["--seed", "4"], "seed: expected 3, found 4"),
+])  # fmt: skip
+def test_what_the_policy_is_may_not_change_when_it_is_resumed(interrupted, words, message):
+    folder, *_ = interrupted
+    before = (folder / "policy.json").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        main(["--resume", "--data", "bags", "--out", str(folder), *words])
+    assert str(end.value) == f"train: checkpoint {folder}: was trained with other settings: {message}"
+    assert (folder / "policy.json").read_bytes() == before
+
+
+def test_resuming_without_a_training_is_refused(interrupted, tmp_path, capsys):
+    folder, *_ = interrupted
+    with pytest.raises(SystemExit, match="policy.json is missing"):
+        main(["--resume", "--data", "bags", "--out", str(tmp_path / "none")])
+    values = json.loads((folder / "policy.json").read_text())
+    (folder / "policy.json").write_text(json.dumps(values | {"facts": {}}))
+    with pytest.raises(SystemExit, match="expected the settings of its training, found none"):
+        main(["--resume", "--data", "bags", "--out", str(folder)])
+    with pytest.raises(SystemExit):
+        main(["--data", "bags", "--out", str(folder)])
+    assert "--recipe is needed unless --resume" in capsys.readouterr().err
+
+
 def test_batches_come_through_the_preprocessing_of_use(spec_of, episodes_of, tiny):
     spec = spec_of("flow")
     episodes = episodes_of(spec, 4)

@@ -2,12 +2,13 @@
 
     python -m vla_models.train --recipe flow --data bags/pick --out models/checkpoints/panda_pick --minutes 50
     python -m vla_models.train --recipe act --data bags/transfer --out checkpoints/aloha robot=aloha batch=16
-    ... --resume            goes on from the state in --out
+    python -m vla_models.train --resume --data bags/pick --out models/checkpoints/panda_pick --minutes 80
 
 Settings are given as key=value (values in YAML; nested ones as network.samples=4) or in a file by --config, on top of
 the recipe's own defaults; see TrainConfig. Writes into --out: policy.json and model.safetensors (moving average of
 the weights: what is used), train_state.safetensors (to resume), training.jsonl (one line an interval) and
-training.png. Ctrl-C saves and ends.
+training.png. Ctrl-C saves and ends. --resume goes on from there: recipe, settings, network, seed and length of the
+training are the checkpoint's; the length may be given anew, and the settings in RESUMABLE.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ from vla_models.torch_policy import Batch, TorchPolicy
 STATE_FILE = "train_state.safetensors"
 LOG_FILE = "training.jsonl"
 PLOT_FILE = "training.png"
+#: Settings that may change when a training is resumed: they decide how it goes on. All others decide what the policy
+#: is, or which episodes are held out, and stay.
+RESUMABLE = ("batch", "lr", "warmup", "decay", "clip", "average", "shift", "jitter", "interval")
+#: Optimisation steps of a training that is told no length.
+STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,7 @@ def train(
         "validation_episodes": len(held),
         "samples": len(train_set),
         "seed": seed,
+        "budget": {"steps": steps, "minutes": minutes},
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.network.parameters()),
         "train": _plain(dataclasses.asdict(config)),
@@ -295,8 +302,7 @@ def train(
     entry: dict[str, float] = {}
 
     def progress() -> float:
-        done = trainer.step / steps
-        return done if minutes is None else max(0.0, trainer.elapsed / (60.0 * minutes))
+        return trainer.step / steps if minutes is None else trainer.elapsed / (60.0 * minutes)
 
     def write(final: bool = False) -> None:
         nonlocal sums, count, entry
@@ -393,6 +399,27 @@ def make_train_config(recipe: str, values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**(settings | {"network": network}))
 
 
+def resumed_config(saved: Checkpoint, values: Mapping[str, Any]) -> TrainConfig:
+    """The settings that `saved` was trained with; of `values` those in RESUMABLE may differ.
+
+    Raises CheckpointError for another one that differs, and for a checkpoint that does not say how it was trained.
+    """
+    recipe = saved.spec.recipe
+    if not saved.facts.get("train"):
+        raise CheckpointError(f"checkpoint {saved.folder}: expected the settings of its training, found none")
+    kept = {**saved.facts["train"], "cameras": saved.spec.cameras, "network": saved.config}
+    before, given = make_train_config(recipe, kept), make_train_config(recipe, values)
+    changes = {name: getattr(given, name) for name in values}
+    if "network" in changes:
+        changes["network"] = {**before.network, **changes["network"]}
+    after = dataclasses.replace(before, **changes)
+    was, now = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
+    for name in sorted(was.keys() | now.keys()):
+        if name not in RESUMABLE and was.get(name) != now.get(name):
+            raise _differs(saved, name, was.get(name), now.get(name))
+    return after
+
+
 def parse_settings(pairs: Sequence[str], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """key=value words, nested by dots, values in YAML, on top of `base`. Raises PolicyError."""
     tree = dict(typed("settings", base or {}, Mapping))
@@ -443,14 +470,19 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vla_models.train", description="Train a policy from bags.")
-    parser.add_argument("--recipe", required=True, help="flow, act, or a recipe of another package")
+    parser.add_argument("--recipe", help="flow, act, or a recipe of another package; needed unless --resume")
     parser.add_argument("--data", required=True, type=Path, help="folder of rosbag2 folders, one an episode")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--config", type=Path, help="settings, YAML or JSON")
-    parser.add_argument("--steps", type=int, default=20_000, help="optimisation steps")
-    parser.add_argument("--minutes", type=float, help="train for so long instead of --steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--steps", type=int, help=f"optimisation steps in all, default {STEPS}")
+    parser.add_argument("--minutes", type=float, help="train for so long in all instead of --steps")
+    parser.add_argument("--seed", type=int, help="of weights, batches, noise and held-out episodes, default 0")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the state in --out, with its recipe, settings, network, seed, and steps or minutes; "
+        f"--steps, --minutes and these settings may be given anew: {', '.join(RESUMABLE)}",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of torch, 0: its own choice")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode bags")
@@ -458,6 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, help="use the first so many bags only")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, see TrainConfig")
     given = parser.parse_intermixed_args(arguments)
+    if not (given.recipe or given.resume):
+        parser.error("--recipe is needed unless --resume")
     stopped = False
 
     def interrupt(*_: Any) -> None:
@@ -468,22 +502,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         base = _yaml(str(given.config), given.config.read_text()) if given.config else {}
-        config = make_train_config(given.recipe, parse_settings(given.settings, base))
-        spec = make_spec(config, given.recipe, given.out.resolve().name)
+        values = parse_settings(given.settings, base)
+        recipe, seed, budget = given.recipe, given.seed or 0, {}
+        if given.resume:
+            saved = read_checkpoint(given.out)
+            recipe, seed, budget = saved.spec.recipe, saved.facts.get("seed", 0), saved.facts.get("budget", {})
+            for name, was in (("recipe", recipe), ("seed", seed)):
+                if getattr(given, name) not in (None, was):
+                    raise _differs(saved, name, was, getattr(given, name))
+            config = resumed_config(saved, values)
+        else:
+            config = make_train_config(recipe, values)
+        if given.steps or given.minutes:
+            budget = {"steps": given.steps, "minutes": given.minutes}
+        spec = make_spec(config, recipe, given.out.resolve().name)
         if given.threads:
             torch.set_num_threads(given.threads)
         episodes = load_episodes(given.data, spec, given.cache, given.workers, given.episodes)
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, interrupt)
         train(
-            given.recipe,
+            recipe,
             episodes,
             spec,
             config,
             given.out,
-            given.steps,
-            given.seed,
-            given.minutes,
+            budget.get("steps") or STEPS,
+            seed,
+            budget.get("minutes"),
             given.resume,
             given.device,
             stop=lambda: stopped,
@@ -519,6 +565,20 @@ def _check_resumed(saved: Checkpoint, spec: PolicySpec, recipe: str) -> None:
     if mine.to_dict() != saved.spec.to_dict():
         differing = sorted(k for k, v in mine.to_dict().items() if saved.spec.to_dict()[k] != v)
         raise CheckpointError(f"checkpoint {saved.folder}: was trained with other settings: {differing}")
+
+
+def _differs(saved: Checkpoint, name: str, was: Any, found: Any) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {saved.folder}: was trained with other settings: {name}: expected {was!r}, found {found!r}"
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names with dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _open_log(path: Path, step: int) -> Any:
