@@ -29,7 +29,7 @@ HELP = """arguments, as name:=value
   episodes  number of episodes                                              [3]
   seed      seed of the first scene; the next episodes count up from it     [100000]
   options   task options, comma separated, such as target=1                 [none]
-  delay     seconds added to each inference                                 [0]
+  delay     seconds that each inference takes at least                      [0]
   out       folder of the report                                            [out/demo_<robot>]
   video     true | false                                                    [true]
 """
