@@ -57,8 +57,9 @@ def test_the_bag_opens_with_rosbags(demo):
     out, report = demo
     with AnyReader([out / report["results"][0]["bag"]]) as reader:
         counts = {topic: info.msgcount for topic, info in reader.topics.items()}
-    assert counts["/safety_status"] > 500 and counts["/camera/scene/image_raw"] > 100
-    assert counts["/action_chunk"] > 5 and counts["/command"] > 500 and counts["/episode_events"] >= 1
+    # Less than half of what a machine with nothing else to do records.
+    assert counts["/safety_status"] > 200 and counts["/camera/scene/image_raw"] > 50
+    assert counts["/action_chunk"] > 5 and counts["/command"] > 200 and counts["/episode_events"] >= 1
 
 
 def test_the_page_has_plots_and_the_video(demo):

@@ -1,24 +1,24 @@
 from setuptools import find_packages, setup
 
-package = 'vla_execution'
+package = "vla_execution"
 
 setup(
     name=package,
-    version='0.1.0',
-    packages=find_packages(exclude=['test']),
+    version="0.1.0",
+    packages=find_packages(exclude=["test"]),
     data_files=[
-        ('share/ament_index/resource_index/packages', ['resource/' + package]),
-        ('share/' + package, ['package.xml']),
+        ("share/ament_index/resource_index/packages", ["resource/" + package]),
+        ("share/" + package, ["package.xml"]),
     ],
-    install_requires=['setuptools'],
+    install_requires=["setuptools"],
     zip_safe=True,
-    maintainer='The VLA stack developers',
-    maintainer_email='dev@example.com',
-    description='The chunk executor: strategies, blending, timing',
-    license='Apache-2.0',
+    maintainer="The VLA stack developers",
+    maintainer_email="dev@example.com",
+    description="The chunk executor: strategies, blending, timing",
+    license="Apache-2.0",
     entry_points={
-        'console_scripts': [
-            'chunk_executor_node = vla_execution.chunk_executor_node:main',
+        "console_scripts": [
+            "chunk_executor_node = vla_execution.chunk_executor_node:main",
         ],
     },
 )

@@ -36,10 +36,29 @@ def choose_opening(openings: np.ndarray, weights: np.ndarray) -> float:
     return float(np.clip(openings @ weights / weights.sum(), openings.min(), openings.max()))
 
 
-def between(layout: Layout, first: np.ndarray, second: np.ndarray, u: np.ndarray | float) -> np.ndarray:
-    """Targets (..., D) at u (...) in [0, 1] between two actions of a chunk; grippers hold the first's decision."""
-    out = _mixed(layout, first, second, u)
-    out[..., layout.grippers] = first[..., layout.grippers]
+def along(layout: Layout, actions: np.ndarray, step: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Targets (N, D) on the way from action `step` to the next one, in each of N chunks.
+
+    A Catmull-Rom spline goes through the actions with continuous velocity: on straight lines between them the arm
+    would change its velocity at every action at once. Quaternions go along it by their components, normalised:
+    neighbouring actions are near. Grippers hold the decision of action `step`.
+
+    Args:
+        actions: (N, H, D). step: (N,) in 0 .. H - 1; the last action is held. u: (N,) part of the way, in [0, 1].
+    """
+    rows, last = np.arange(len(actions)), actions.shape[1] - 1
+    a, b, c, d = (actions[rows, np.clip(step + k, 0, last)] for k in (-1, 0, 1, 2))
+    for near in (a, c, d):
+        for q in layout.quaternions:  # q and -q are the same rotation
+            near[:, q] *= np.where(np.sum(near[:, q] * b[:, q], -1, keepdims=True) < 0.0, -1.0, 1.0)
+    # At the ends as if the outermost step went on.
+    a = np.where((step == 0)[:, None], 2.0 * b - c, a)
+    d = np.where((step >= last - 1)[:, None], 2.0 * c - b, d)
+    u = np.where(step >= last, 0.0, u)[:, None]
+    out = b + 0.5 * u * ((c - a) + u * (2.0 * a - 5.0 * b + 4.0 * c - d + u * (3.0 * (b - c) + d - a)))
+    for q in layout.quaternions:
+        out[:, q] /= np.linalg.norm(out[:, q], axis=-1, keepdims=True)
+    out[:, layout.grippers] = b[:, layout.grippers]
     return out
 
 

@@ -11,8 +11,8 @@ The time contract between executor and policy, in one place:
   was executed meanwhile) to its end. The policy samples it at the due times of the chunk to come, observed + k *
   period (`resampled`), so that entry k of the remainder and action k of the new chunk are due at the same time.
 - A request's delay is counted from the observation too: the executor measures how many actions of a chunk had
-  fallen due when it arrived, ceil((arrival - observed) / period), and asks for one more, since between two actions
-  the arm is on its way to the next: actions 0 .. delay - 1 of the new chunk shall equal the remainder.
+  fallen due when it arrived, ceil((arrival - observed) / period), and asks for two more, the action that the arm is
+  then on its way to and the one that bends this way: actions 0 .. delay - 1 of the new chunk shall equal the remainder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vla_execution.blending import between
+from vla_execution.blending import along
 from vla_execution.layout import KINDS, POSE_WIDTH, Layout
 
 #: Quaternions may differ from unit length by this much before the chunk is refused; they are normalised then.
@@ -131,7 +131,7 @@ class Chunk:
         return max(0, math.ceil((time - self.start - ON_TIME) / self.period))
 
     def at(self, time: float) -> np.ndarray:
-        """Target (D,) at `time` (s): between two actions linear, rotations on the geodesic; the gripper keeps the
+        """Target (D,) at `time` (s): on a smooth curve through the actions (`blending.along`); the gripper keeps the
         opening of the action before. Before the first and after the last action: that action."""
         step = self.index(time)
         if step < 0:
@@ -139,7 +139,7 @@ class Chunk:
         if step >= self.horizon - 1:
             return self.targets[-1].copy()
         u = min(max((time - self.due(step)) / self.period, 0.0), 1.0)
-        return between(self.layout, self.targets[step], self.targets[step + 1], u)
+        return along(self.layout, self.targets[None], np.array([step]), np.array([u]))[0]
 
     def remainder(self, time: float) -> Chunk | None:
         """What is left at `time`: from the action being executed on; None after the last."""

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_execution.blending import average, between
+from vla_execution.blending import along, average
 from vla_execution.chunk import ON_TIME, Chunk
 from vla_execution.delay import DelayEstimator
 from vla_execution.ensembling import ensemble_weights
 from vla_execution.plan import Plan
 from vla_execution.rtc import SCHEDULES
+
+#: Actions that shape the way to an action (`blending.along`): itself and the next.
+SHAPING = 2
 
 
 class StrategyError(ValueError):
@@ -66,7 +69,8 @@ class RequestPlan:
     """What the next inference shall start from (vla_msgs/ChunkRequest). Counts are in steps of the running chunk.
 
     delay: actions of the new chunk, counted from its observation, that the running plan has committed: those that
-    will have fallen due when the answer arrives, and the one that the arm is then approaching.
+    will have fallen due when the answer arrives, the one that the arm is then approaching, and the one after it, which
+    bends the way there.
     """
 
     remainder: Chunk | None = None
@@ -110,8 +114,7 @@ class Strategy:
         steps = min(self.config.execution_horizon, max(chunk.horizon - delay - 1, 1))
         if now < chunk.due(steps) - ON_TIME:
             return None
-        # The action that is being approached when the answer arrives is committed too.
-        committed = min(delay + 1, chunk.horizon)
+        committed = min(delay + SHAPING, chunk.horizon)
         return RequestPlan(
             remainder=self._plan.remainder(now) if self.guidance else None,
             delay=committed,
@@ -241,10 +244,7 @@ class TemporalEnsemble(Strategy):
         starts = np.array([c.start for c in self._chunks])[running]
         time = np.maximum(now - starts, 0.0)  # as Chunk.at, for all chunks at once
         step = np.minimum(((time + ON_TIME) / newest.period).astype(int), newest.horizon - 1)
-        after = np.minimum(step + 1, newest.horizon - 1)
-        u = np.clip(time / newest.period - step, 0.0, 1.0)
-        rows = np.arange(len(stacked))
-        predictions = between(newest.layout, stacked[rows, step], stacked[rows, after], u)
+        predictions = along(newest.layout, stacked, step, np.clip(time / newest.period - step, 0.0, 1.0))
         return average(newest.layout, predictions, ensemble_weights(len(predictions), self.config.decay))
 
 
