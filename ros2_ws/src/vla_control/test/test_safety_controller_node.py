@@ -171,8 +171,9 @@ def test_silence_holds_both_arms_within_a_period_of_the_time_out(graph):
     assert "stale command" in held.reason
     running = [s for s in graph.status if s.state == SafetyStatus.RUNNING][-1]
     first = graph.status[graph.status.index(running) + 1]
-    # Decided in the first period in which the command was too old, whenever the machine came to it.
-    assert running.command_age <= TIMEOUT + 0.011
+    # Decided in the first period in which no command had come for too long, whenever the machine came to it; on a busy
+    # one a command may be old when it is taken, by no more than that time again.
+    assert running.command_age <= 2 * TIMEOUT + 0.011
     assert first.state in (SafetyStatus.STOPPING, SafetyStatus.HOLDING)
     assert all(v == 0.0 for arm in held.arms for v in arm.velocity)
     graph.run()

@@ -13,20 +13,19 @@ from collections import deque
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Pose
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
-from vla_core.robot import Arm, load_robot
-from vla_core.se3 import matrix_to_pose
+from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs import msg
-from vla_msgs.msg import ArmSafety, SafetyStatus
+from vla_msgs.msg import SafetyStatus
 from vla_ros.run import run_node
 
-from vla_control.command import ArmCommand, Command, CommandRefused
+from vla_control import messages
+from vla_control.command import Command, CommandRefused
 from vla_control.safety import Measured, SafetyController, SafetyDecision, SafetyLimits, State
 
 #: Control periods over which jitter is reported.
@@ -54,9 +53,8 @@ class SafetyControllerNode(Node):
         self._overruns = 0
         self._last_refusal = ""
         self._shown_state: tuple | None = None
-        self._status = SafetyStatus(arms=[ArmSafety(arm=arm.name) for arm in self.robot.arms])
-        self._status.header.frame_id = self.robot.base_frame
-        self._targets = {arm.name: _target_message(arm, self.robot.base_frame) for arm in self.robot.arms}
+        self._status = messages.status_message(self.robot)
+        self._targets = {arm.name: messages.target_message(arm, self.robot.base_frame) for arm in self.robot.arms}
 
         self.target_publishers = {
             arm.name: self.create_publisher(JointState, f"/{arm.name}/joint_targets", 5) for arm in self.robot.arms
@@ -98,7 +96,7 @@ class SafetyControllerNode(Node):
                 self.get_logger().error(f"not armed: {error}", throttle_duration_sec=5.0)
 
     def on_command(self, message: msg.Command) -> None:
-        self._commands.append(_command(message))
+        self._commands.append(messages.read_command(message))
 
     def on_emergency_stop(self, message: Bool) -> None:
         if message.data:
@@ -153,28 +151,12 @@ class SafetyControllerNode(Node):
     def publish(self, decision: SafetyDecision, stamp, elapsed: float) -> None:
         """Send the targets, then the status. Messages are made once and filled in anew each period."""
         for name, target in decision.sent.items():
-            gripper, message = self.robot.arm(name).gripper, self._targets[name]
-            position, velocity = target.position.tolist(), target.velocity.tolist()
-            if gripper:
-                fingers = gripper.positions(target.gripper)
-                position += fingers.values()
-                velocity += [0.0] * len(fingers)
-            message.header.stamp, message.position, message.velocity = stamp, position, velocity
+            message = messages.fill_target(self._targets[name], self.robot.arm(name), target, stamp)
             self.target_publishers[name].publish(message)
-        status = self._status
-        status.header.stamp = stamp
-        status.state, status.reason = int(decision.state), decision.reason
-        status.source, status.sequence = decision.source, decision.sequence
-        status.command_age = decision.command_age
-        status.period = self.period if math.isnan(elapsed) else elapsed
-        status.refused = self.controller.refusals.total()
-        for part in status.arms:
-            target = decision.sent.get(part.arm) or self.controller.target(part.arm)
-            _write_pose(part.goal, decision.goal[part.arm])
-            _write_pose(part.commanded, decision.commanded[part.arm])
-            part.joints, part.velocity = target.position.tolist(), target.velocity.tolist()
-            part.gripper, part.limited = target.gripper, list(decision.limited[part.arm])
-        self.status_publisher.publish(status)
+        targets = {arm.name: self.controller.target(arm.name) for arm in self.robot.arms}
+        period = self.period if math.isnan(elapsed) else elapsed
+        refused = self.controller.refusals.total()
+        self.status_publisher.publish(messages.fill_status(self._status, decision, targets, stamp, period, refused))
 
     def finish(self) -> None:
         """Brake and disarm, for the end of the node."""
@@ -225,44 +207,6 @@ class SafetyControllerNode(Node):
         array = DiagnosticArray(status=[status])
         array.header.stamp = self.get_clock().now().to_msg()
         self.diagnostics_publisher.publish(array)
-
-
-def _command(message: msg.Command) -> Command:
-    arms = {part.arm: _arm_command(part) for part in message.arms}
-    if len(arms) < len(message.arms):
-        arms = {}  # an arm named twice: refused, as any wrong set of arms
-    return Command(
-        stamp=seconds(message.header.stamp),
-        sequence=message.sequence,
-        source=message.source,
-        period=message.period,
-        hold=message.hold,
-        arms=arms,
-        frame=message.header.frame_id,
-    )
-
-
-def _arm_command(part: msg.ArmCommand) -> ArmCommand:
-    if part.mode == msg.ArmCommand.JOINT:
-        return ArmCommand(joints=np.array(part.joints), gripper=part.gripper)
-    if part.mode == msg.ArmCommand.DELTA:
-        t, r = part.translation, part.rotation
-        return ArmCommand(delta=np.array([t.x, t.y, t.z, r.x, r.y, r.z]), gripper=part.gripper)
-    return ArmCommand()  # an unknown mode: refused for what it lacks
-
-
-def _target_message(arm: Arm, frame: str) -> JointState:
-    fingers = [joint.name for joint in arm.gripper.joints] if arm.gripper else []
-    message = JointState(name=[*arm.joints, *fingers])
-    # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
-    message.effort = [0.0] * len(message.name)
-    message.header.frame_id = frame
-    return message
-
-
-def _write_pose(pose: Pose, T: np.ndarray) -> None:
-    p, q = pose.position, pose.orientation
-    p.x, p.y, p.z, q.x, q.y, q.z, q.w = matrix_to_pose(T).tolist()
 
 
 def main(args: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rclpy.serialization import serialize_message
 from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
+from vla_control.messages import fill_status, fill_target, status_message, target_message, write_command
 from vla_msgs.msg import EpisodeEvent
 from vla_teleop.bag_writer import BagWriter
 from vla_teleop.interfaces import type_name
@@ -34,10 +35,12 @@ class EpisodeWriter:
             image = messages.image(world, camera, now, picture)
             self._write(f"/camera/{camera}/image_raw", image, now)
             self._write(f"/camera/{camera}/camera_info", messages.camera_info(world, camera, image), now)
-        self._write("/command", messages.command(robot, period.command), now)
-        self._write("/safety_status", messages.safety_status(world, period.decision, now), now)
+        stamp, decision = messages.stamp(now), period.decision
+        self._write("/command", write_command(period.command, robot, messages.stamp(period.command.stamp)), now)
+        status = fill_status(status_message(robot), decision, decision.sent, stamp, world.period)
+        self._write("/safety_status", status, now)
         for arm in robot.arms:
-            sent = messages.joint_targets(robot, arm, period.decision.sent[arm.name], now)
+            sent = fill_target(target_message(arm, robot.base_frame), arm, decision.sent[arm.name], stamp)
             self._write(f"/{arm.name}/joint_targets", sent, now)
 
     def event(self, event: int) -> None:

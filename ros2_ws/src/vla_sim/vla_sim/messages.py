@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import Point, Pose, Quaternion, TransformStamped, Vector3
+from geometry_msgs.msg import TransformStamped
 from sensor_msgs.msg import CameraInfo, Image, JointState
-from vla_control.command import Command
-from vla_control.safety import JointTarget, SafetyDecision
 from vla_core import se3
-from vla_core.robot import Arm, Robot
+from vla_core.robot import Arm
 from vla_core.time import to_msg
-from vla_msgs import msg
 from vla_msgs.msg import EpisodeEvent
 
 from vla_sim.world import Episode, Outcome, World
@@ -77,61 +74,6 @@ def episode_event(world: World, event: int, outcome: Outcome) -> EpisodeEvent:
     message.header.stamp = stamp(world.time)
     message.header.frame_id = world.robot.base_frame
     return message
-
-
-def command(robot: Robot, command: Command) -> msg.Command:
-    """What a sender of the command would have published."""
-    message = msg.Command(sequence=command.sequence, source=command.source, period=command.period, hold=command.hold)
-    message.header.stamp, message.header.frame_id = stamp(command.stamp), robot.base_frame
-    for name, part in command.arms.items():
-        arm = msg.ArmCommand(arm=name, gripper=float(part.gripper))
-        if part.joints is not None:
-            arm.mode, arm.joints = msg.ArmCommand.JOINT, np.asarray(part.joints, float).tolist()
-        else:
-            x, y, z, rx, ry, rz = map(float, part.delta)
-            arm.translation, arm.rotation = Vector3(x=x, y=y, z=z), Vector3(x=rx, y=ry, z=rz)
-        message.arms.append(arm)
-    return message
-
-
-def safety_status(world: World, decision: SafetyDecision, time: float) -> msg.SafetyStatus:
-    """What the safety controller would have published with a decision that sends targets."""
-    message = msg.SafetyStatus(
-        state=int(decision.state),
-        reason=decision.reason,
-        source=decision.source,
-        sequence=decision.sequence,
-        command_age=float(decision.command_age),
-        period=world.period,
-    )
-    message.header.stamp, message.header.frame_id = stamp(time), world.robot.base_frame
-    for name, sent in decision.sent.items():
-        arm = msg.ArmSafety(
-            arm=name,
-            goal=_pose(decision.goal[name]),
-            commanded=_pose(decision.commanded[name]),
-            joints=np.asarray(sent.position, float).tolist(),
-            velocity=np.asarray(sent.velocity, float).tolist(),
-            gripper=float(sent.gripper),
-            limited=list(decision.limited[name]),
-        )
-        message.arms.append(arm)
-    return message
-
-
-def joint_targets(robot: Robot, arm: Arm, sent: JointTarget, time: float) -> JointState:
-    """Physical targets of an arm's joints and fingers."""
-    fingers = arm.gripper.positions(float(sent.gripper)) if arm.gripper else {}
-    names = [*arm.joints, *fingers]
-    position = [*map(float, sent.position), *fingers.values()]
-    message = joint_state(time, names, position, [*map(float, sent.velocity), *[0.0] * len(fingers)])
-    message.header.frame_id = robot.base_frame
-    return message
-
-
-def _pose(T: np.ndarray) -> Pose:
-    x, y, z, qx, qy, qz, qw = se3.matrix_to_pose(T).tolist()
-    return Pose(position=Point(x=x, y=y, z=z), orientation=Quaternion(x=qx, y=qy, z=qz, w=qw))
 
 
 def targets(message: JointState) -> Mapping[str, float]:
