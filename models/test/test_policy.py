@@ -19,6 +19,7 @@ def test_specification_survives_json(spec_of, recipe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"state": "images"}, "state"), ({"guidance": ("magic",)}, "guidance"), ({"period": 0.0}, "positive"),
+     ({"temperature": -1.0}, "temperature"),
      ({"action_space": ActionSpace(("left",), "pose")}, "arms")],
 )  # fmt: skip
 def test_bad_specifications_are_refused(spec_of, change, message):
@@ -44,6 +45,15 @@ def test_inference_gives_metric_targets_and_timings(policy_of, observation_of, r
     if recipe == "flow":
         np.testing.assert_allclose(np.linalg.norm(out.targets[:, 3:7], axis=1), 1, atol=1e-9)
     np.testing.assert_array_equal(policy.infer(observation_of(), InferenceRequest(seed=3)).targets, out.targets)
+
+
+def test_without_temperature_the_seed_says_nothing(policy_of, observation_of):
+    def targets(policy, seed):
+        return policy.infer(observation_of(), InferenceRequest(seed=seed)).targets
+
+    warm, cold = policy_of("flow"), policy_of("flow", temperature=0.0)
+    assert np.abs(targets(warm, 3) - targets(warm, 4)).max() > 1e-3
+    np.testing.assert_array_equal(targets(cold, 3), targets(cold, 4))
 
 
 def test_prefix_repeats_the_remainder_exactly(policy_of, observation_of):

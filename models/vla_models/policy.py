@@ -43,6 +43,8 @@ class PolicySpec:
     steps: integration steps of the sampler (1: the policy predicts in one pass).
     vocabulary: words the policy knows, index 0 is padding; empty: the instruction is ignored.
     context: most words of an instruction. prefix_limit: longest prefix seen in training, steps.
+    temperature: scale of the noise that a sampler starts from. 1: samples of what was demonstrated. 0: near the mean,
+    and deterministic; more exact where there is one way to do the task, wrong where there are several.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PolicySpec:
     context: int = 16
     prefix_limit: int = 0
     robot: str = ""
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -80,6 +83,8 @@ class PolicySpec:
                 f"policy {self.name}: horizon, period and steps must be positive, found "
                 f"{self.horizon}, {self.period}, {self.steps}"
             )
+        if not 0 <= self.temperature < float("inf"):
+            raise PolicyError(f"policy {self.name}: temperature must be 0 or more, found {self.temperature}")
 
     @property
     def example_instruction(self) -> str:
@@ -228,8 +233,8 @@ class Policy(ABC):
     ) -> np.ndarray:
         """Normalised actions (1, H, dim) float32 from one batch of one.
 
-        noise: (1, H, dim) float32, standard normal (ignored by policies that predict in one pass). Writes the wall
-        time of its own stages ("encode", "sample") into `timings`, s.
+        noise: (1, H, dim) float32, normal with deviation `PolicySpec.temperature` (ignored by policies that predict in
+        one pass). Writes the wall time of its own stages ("encode", "sample") into `timings`, s.
         """
 
     def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
@@ -242,11 +247,8 @@ class Policy(ABC):
         start = time.perf_counter()
         inputs, anchor = self.processor.inputs(observation)
         prefix = self.processor.prefix(request, anchor)
-        noise = (
-            np.random.default_rng(request.seed)
-            .standard_normal((1, self.spec.horizon, self.spec.action_dim))
-            .astype(np.float32)
-        )
+        shape = (1, self.spec.horizon, self.spec.action_dim)
+        noise = (self.spec.temperature * np.random.default_rng(request.seed).standard_normal(shape)).astype(np.float32)
         timings = {"preprocess": time.perf_counter() - start}
         actions = self.run(inputs, noise, prefix, timings)
         decode = time.perf_counter()

@@ -67,9 +67,9 @@ class TrainConfig:
 
     name: of the policy; empty: the folder's. robot: its description. cameras: camera -> [height, width] in pixels;
     empty: all of the robot's, 96 high. state, kind, reference, frame, rotation, gripper, horizon, period, steps,
-    guidance, prefix_limit: see PolicySpec and ActionSpace. batch: samples a step. lr: peak of the cosine schedule;
-    warmup: its first steps, rising from 0. decay: weight decay. clip: largest gradient norm. average: decay of the
-    moving average of the weights. shift: random shift of images, pixels. jitter: random change of brightness,
+    guidance, prefix_limit, temperature: see PolicySpec and ActionSpace. batch: samples a step. lr: peak of the cosine
+    schedule; warmup: its first steps, rising from 0. decay: weight decay. clip: largest gradient norm. average: decay
+    of the moving average of the weights. shift: random shift of images, pixels. jitter: random change of brightness,
     contrast and colour, as a part of 1. validation: part of the episodes held out. interval: steps between two log
     lines with validation. network: the recipe's configuration.
     """
@@ -88,6 +88,7 @@ class TrainConfig:
     steps: int = 1
     guidance: Sequence[str] = ()
     prefix_limit: int = 0
+    temperature: float = 1.0
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 300
@@ -126,6 +127,7 @@ def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
         guidance=tuple(config.guidance),
         steps=config.steps,
         prefix_limit=config.prefix_limit,
+        temperature=config.temperature,
         robot=config.robot,
     )
 
