@@ -45,6 +45,3 @@ def graph(running_graph):
     """The running graph (graph.Graph) with the arm in motion under the policy `left`."""
     running_graph.begin()
     return running_graph
-
-#: Whole-graph tests that have failed on a loaded machine: run by name until the reason is known.
-collect_ignore = ["test_bad_input.py", "test_demo.py", "test_graph.py", "test_launch.py", "test_recording.py"]

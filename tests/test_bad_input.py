@@ -63,7 +63,7 @@ def test_every_node_refuses_a_robot_with_a_missing_joint(tmp_path):
     robot = write_robot(tmp_path, list(load_robot("panda").arms[0].joints[:-1]))
     nodes = executables()
     assert len(nodes) >= 8
-    for name, (status, printed) in refusals(robot, nodes, camera="scene").items():
+    for name, (status, printed) in refusals(robot, nodes).items():
         lines = printed.strip().splitlines()
         assert status not in (0, None) and len(lines) == 1, f"{name}: {status}\n{printed}"
         assert "odd.yaml" in lines[0] and "6" in lines[0] and "7" in lines[0], f"{name}: {printed}"

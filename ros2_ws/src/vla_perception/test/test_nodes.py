@@ -198,6 +198,10 @@ def test_camera_node_replays_a_folder_and_comes_back_when_it_vanished(tmp_path):
     images, infos = [], []
     node.create_subscription(Image, "/camera/scene/image_raw", images.append, 5)
     node.create_subscription(CameraInfo, "/camera/scene/camera_info", infos.append, 5)
+    faults = []
+    node.create_subscription(
+        DiagnosticArray, "/diagnostics", lambda m: faults.extend(s for s in m.status if "found no" in s.message), 10
+    )
 
     def wait(count):
         end = time.monotonic() + 20
@@ -205,9 +209,12 @@ def test_camera_node_replays_a_folder_and_comes_back_when_it_vanished(tmp_path):
             assert time.monotonic() < end, "timed out"
             rclpy.spin_once(node, timeout_sec=0.1)
 
-    process = Process("camera_node", robot=path, camera="scene")
+    process = Process("camera_node", robot=path, cameras="scene")
     with process:
-        time.sleep(1.5)  # an empty folder: the camera is not there yet
+        end = time.monotonic() + 20
+        while not faults:  # an empty folder: the camera is not there yet
+            assert time.monotonic() < end, "timed out"
+            rclpy.spin_once(node, timeout_sec=0.1)
         for i in range(8):
             cv2.imwrite(str(pictures / f"{i}.png"), np.full((48, 64, 3), (i, 0, 200), np.uint8))
         wait(10)  # the folder ends after 8: it was opened again
@@ -220,8 +227,38 @@ def test_camera_node_replays_a_folder_and_comes_back_when_it_vanished(tmp_path):
     node.destroy_node()
 
 
+def test_one_camera_that_is_not_there_leaves_the_other_alone(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    cv2.imwrite(str(tmp_path / "pictures" / "0.png"), np.zeros((48, 64, 3), np.uint8))
+    path = write_robot(tmp_path, driver={"type": "file", "path": "pictures", "loop": True})
+    tree = yaml.safe_load(path.read_text())
+    tree["cameras"]["wrist"]["driver"] = {"type": "file", "path": "nowhere"}
+    path.write_text(yaml.safe_dump(tree))
+    node = rclpy.create_node("test_cameras")
+    images, states = [], {}
+    node.create_subscription(Image, "/camera/scene/image_raw", images.append, 5)
+    node.create_subscription(
+        DiagnosticArray, "/diagnostics", lambda m: states.update({s.name: s.level for s in m.status}), 10
+    )
+    process = Process("camera_node", robot=path)  # every camera of the robot
+    with process:
+        end = time.monotonic() + 20
+        while len(images) < 5 or states != {"camera_node: scene": b"\0", "camera_node: wrist": b"\2"}:
+            assert time.monotonic() < end, f"timed out: {len(images)} images, {states}"
+            rclpy.spin_once(node, timeout_sec=0.1)
+    assert process.errors.count("camera 'wrist'") == 1 and "nowhere" in process.errors
+    node.destroy_node()
+
+
+def test_a_simulated_camera_cannot_be_read():
+    command = [sys.executable, "-m", "vla_perception.camera_node", "--ros-args", "-p", "robot:=panda"]
+    result = subprocess.run([*command, "-p", "cameras:=scene"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "camera 'scene': driver.type: expected one of" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_robot_that_does_not_exist_is_one_line_and_status_1():
     command = [sys.executable, "-m", "vla_perception.observation_node", "--ros-args", "-p", "robot:=nowhere"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: robot 'nowhere'") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("observation_node: robot 'nowhere'") and len(result.stderr.splitlines()) == 1

@@ -1,20 +1,21 @@
-"""Node: one camera of the robot description on /camera/<name>/image_raw and camera_info.
+"""Node: the cameras of the robot description, each on /camera/<name>/image_raw and camera_info.
 
 Parameters:
     robot (string, required): name or path of a robot description.
-    camera (string, required): name of one of its cameras; its `driver` section says where the pictures come from
-        (see vla_perception.camera_sources).
+    cameras (string): names of its cameras, by commas; empty: all that are not simulated. Their `driver` sections say
+        where the pictures come from (see vla_perception.camera_sources).
 
 Stamps are capture times: the time at which the frame was handed over, less its age by the driver, less the driver's
-`latency`. A camera that vanishes is named once and opened again every second until it is back.
+`latency`. A camera that vanishes is named once and opened again every second until it is back; the others go on.
 """
 
 from __future__ import annotations
 
 import array
 import threading
+from pathlib import Path
 
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.time import Time
@@ -28,36 +29,63 @@ from vla_perception.calibrations import load_calibrations
 from vla_perception.camera_sources import CameraError, CameraSource, Frame, check_driver, open_source
 from vla_perception.messages import fault_status
 
-#: Time between two attempts to open the camera, s.
+#: Time between two attempts to open a camera, s.
 _RETRY = 1.0
 
 
 class CameraNode(Node):
-    """A thread waits for frames and publishes them; the node's own thread tells how it goes."""
+    """A thread for each camera waits for frames and publishes them; the node's own thread tells how it goes."""
 
     def __init__(self) -> None:
         super().__init__("camera_node")
         robot = load_robot(self.declare_parameter("robot", "").value)
-        self._camera = robot.camera(self.declare_parameter("camera", "").value)
-        self._folder = robot.path.parent
-        self._latency = Duration(seconds=float(check_driver(self._camera).get("latency", 0.0)))
-        self._info = camera_info(load_calibrations(robot)[0].get(self._camera.name), self._camera)
-        topic = f"/camera/{self._camera.name}"
-        self._images = self.create_publisher(Image, f"{topic}/image_raw", 5)
-        self._infos = self.create_publisher(CameraInfo, f"{topic}/camera_info", 5)
+        named = [name for name in self.declare_parameter("cameras", "").value.split(",") if name]
+        cameras = [robot.camera(name) for name in named]
+        if not named:
+            cameras = [camera for camera in robot.cameras if camera.driver.get("type") != "mujoco"]
+        if not cameras:
+            self.get_logger().info(f"robot {robot.name}: no camera but simulated ones; nothing to do")
+        calibrations = load_calibrations(robot)[0]
+        for camera in cameras:
+            check_driver(camera)
+        self._feeds = [_Feed(self, camera, robot.path.parent, calibrations.get(camera.name)) for camera in cameras]
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self._fault, self._frames = "not open yet", 0
         self.create_timer(1.0, self._diagnose)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.context.on_shutdown(self._end.set)
 
-    def destroy_node(self) -> None:
-        """Stop the camera, then the node."""
+    def finish(self) -> None:
+        """Stop the cameras."""
+        for feed in self._feeds:
+            feed.end()
+
+    def _diagnose(self) -> None:
+        header = Header(stamp=self.get_clock().now().to_msg())
+        self._diagnostics.publish(DiagnosticArray(header=header, status=[feed.status() for feed in self._feeds]))
+
+
+class _Feed:
+    """One camera: opened, read and published in its own thread."""
+
+    def __init__(self, node: Node, camera: Camera, folder: Path, calibration: CameraCalibration | None):
+        self._node, self._camera, self._folder = node, camera, folder
+        self._latency = Duration(seconds=float(camera.driver.get("latency", 0.0)))
+        self._info = camera_info(calibration, camera)
+        topic = f"/camera/{camera.name}"
+        self._images = node.create_publisher(Image, f"{topic}/image_raw", 5)
+        self._infos = node.create_publisher(CameraInfo, f"{topic}/camera_info", 5)
+        self._fault, self._frames = "not open yet", 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=camera.name, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop reading; a driver that hangs in its read is left behind after 2 s."""
         self._end.set()
         self._thread.join(timeout=2.0)
-        super().destroy_node()
+
+    def status(self) -> DiagnosticStatus:
+        """How the camera goes."""
+        values = {"frames": str(self._frames)}
+        return fault_status(f"{self._node.get_name()}: {self._camera.name}", {"camera": self._fault}, values)
 
     def _run(self) -> None:
         while not self._end.is_set():
@@ -77,7 +105,7 @@ class CameraNode(Node):
     def _publish_all(self, source: CameraSource) -> None:
         while not self._end.is_set():
             frame = source.read()
-            stamp = self.get_clock().now() - Duration(seconds=frame.age) - self._latency
+            stamp = self._node.get_clock().now() - Duration(seconds=frame.age) - self._latency
             if not self._end.is_set():
                 self._publish(frame, stamp)
                 self._report("")
@@ -97,16 +125,10 @@ class CameraNode(Node):
         if fault == self._fault:
             return
         if fault:
-            self.get_logger().error(f"{fault}; trying again every {_RETRY:.0f} s")
+            self._node.get_logger().error(f"{fault}; trying again every {_RETRY:.0f} s")
         else:
-            self.get_logger().info(f"camera {self._camera.name!r}: frames come")
+            self._node.get_logger().info(f"camera {self._camera.name!r}: frames come")
         self._fault = fault
-
-    def _diagnose(self) -> None:
-        values = {"frames": str(self._frames)}
-        status = fault_status(f"{self.get_name()}: {self._camera.name}", {"camera": self._fault}, values)
-        header = Header(stamp=self.get_clock().now().to_msg())
-        self._diagnostics.publish(DiagnosticArray(header=header, status=[status]))
 
 
 def camera_info(calibration: CameraCalibration | None, camera: Camera) -> CameraInfo:
