@@ -11,7 +11,7 @@ from vla_teleop import bags
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MiB, half full; skipped where none can be mounted."""
+    """A file system with 12 MiB free, room for some seconds; skipped where none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
     try:
@@ -22,7 +22,7 @@ def small_disk(tmp_path):
         pytest.skip("no mount command")
     if done.returncode:
         pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    (place / "other").write_bytes(bytes(8 << 20))
+    (place / "other").write_bytes(bytes(4 << 20))
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
