@@ -1,6 +1,6 @@
-"""ONNX Runtime against torch eager, both policies, same inputs, same run: time of one chunk.
+"""ONNX Runtime against torch eager, the shipped policies, same inputs, same run: time of one chunk.
 
-    ./vla bench onnx [checkpoints:=panda_pick,aloha_transfer] [rounds:=20] [threads:=1,2] [out:=FILE]
+    ./vla bench onnx [checkpoints:=panda_pick,aloha_transfer,aloha_act] [rounds:=20] [threads:=1,2] [out:=FILE]
 
 Every round runs every combination of policy, guidance, runtime and thread count once, in an order shuffled anew, so
 that what else the machine does falls on all alike. Times are wall time of `Policy.run` (encoder and sampler) and its
@@ -42,7 +42,7 @@ from vla_models.train import make_spec, make_train_config
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Shipped checkpoint -> recipe and robot, for the stand-in.
-STAND_INS = {"panda_pick": ("flow", "panda"), "aloha_transfer": ("act", "aloha")}
+STAND_INS = {"panda_pick": ("flow", "panda"), "aloha_transfer": ("flow", "aloha"), "aloha_act": ("act", "aloha")}
 
 
 def find_checkpoint(name: str, scratch: Path) -> tuple[Path, bool]:
