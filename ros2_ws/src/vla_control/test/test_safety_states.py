@@ -225,6 +225,20 @@ def test_a_clock_jump_holds_and_then_resumes(robot, make_rig, jump):
     assert rig.step(rig.delta(MOVE)).state == State.RUNNING
 
 
+@pytest.mark.parametrize("silence", [0.12, 3.0])
+def test_a_clock_jump_is_told_to_who_holds_or_brakes_already(panda, make_rig, silence):
+    rig = running(make_rig, panda)
+    for _ in range(round(silence / rig.period)):
+        rig.step()
+    assert "stale command" in rig.history[-1].reason
+    rig.ticks -= 1000
+    rig.step()
+    assert "clock jumped" in rig.history[-1].reason
+    until_rest(rig, State.HOLDING)
+    assert "clock jumped" in rig.history[-1].reason
+    assert rig.step(rig.delta(MOVE)).state == State.RUNNING
+
+
 def test_a_joint_that_stays_behind_stops_all_arms(robot, make_rig):
     rig = running(make_rig, robot)
     name = robot.arms[-1].name

@@ -250,7 +250,10 @@ class SafetyController:
         if jump < 0.0 or jump > self.limits.clock_jump:
             self._taken = -math.inf
             self._lagging_since = math.nan
-            self._hold("clock", f"the clock jumped by {jump:.3f} s")
+            reason = f"the clock jumped by {jump:.3f} s"
+            self._hold("clock", reason)
+            if self._state == State.HOLDING or (self._state == State.STOPPING and self._latch == State.HOLDING):
+                self._reason = reason  # commands that grow stale while a clock stands still tell less
 
     def _watch_joints(self, measured: Measured | None, now: float) -> None:
         self._trouble = ""
