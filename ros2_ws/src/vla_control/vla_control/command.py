@@ -62,7 +62,7 @@ def check(command: Command, robot: Robot) -> None:
         raise CommandRefused("frame", f"expected {robot.base_frame!r}, found {command.frame!r}")
     if command.hold:
         return
-    if set(command.arms) != set(robot.arm_names):
+    if command.arms.keys() != set(robot.arm_names):
         raise CommandRefused("arms", f"expected {sorted(robot.arm_names)}, found {sorted(command.arms)}")
     for arm in robot.arms:
         part = command.arms[arm.name]

@@ -77,11 +77,14 @@ class DifferentialIk:
         """
         self._U, self._sizes, self._directions = np.linalg.svd(self._weights[:, None] * jacobian, full_matrices=False)
         left = (self._weights * error) @ self._U
-        fading = ERROR_DAMPING * np.abs(left) * np.maximum(1.0 - (self._sizes / FADING) ** 2, 0.0)
-        self._squares = self._sizes**2 + DAMPING + fading
-        self._free_damping = POSTURE + float(fading.sum())
+        self._squares = self._sizes**2 + DAMPING
+        self._free_damping = POSTURE
+        if self._sizes[-1] < FADING:
+            fading = ERROR_DAMPING * np.abs(left) * np.maximum(1.0 - (self._sizes / FADING) ** 2, 0.0)
+            self._squares += fading
+            self._free_damping += float(fading.sum())
         away = np.abs((self._sizes / self._squares * left)[:, None] * self._directions)
-        return (self._correction_rate(away).min(axis=1) * left) @ self._U.T / self._weights
+        return self._U @ (self._correction_rate(away).min(axis=1) * left) / self._weights
 
     def follow_twist(self, twist: np.ndarray, posture: np.ndarray) -> np.ndarray | None:
         """Joint velocities (n,), or None when the solver found none (the caller brakes).
@@ -107,4 +110,4 @@ class DifferentialIk:
             return None
         # The solver keeps bounds to its tolerance, the limits are kept exactly.
         n = self._joints
-        return np.clip(solution, self._lower[:n], self._upper[:n])
+        return np.minimum(np.maximum(solution, self._lower[:n]), self._upper[:n])

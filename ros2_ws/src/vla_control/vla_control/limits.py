@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from vla_core.robot import Limits
 
+#: What may bound a joint's velocity.
+LIMIT_NAMES = ("velocity", "acceleration", "position")
 #: Speed at which a joint (tool) that starts outside its limits (workspace) comes back while driven, rad/s (m/s).
 RETURN_SPEED = 0.05
 
@@ -34,22 +36,32 @@ def approach_speed(distance: np.ndarray, acceleration: np.ndarray, period: float
     return np.where(distance < 0.0, -np.minimum(speed, RETURN_SPEED), speed)
 
 
-def velocity_bounds(
-    q: np.ndarray, v: np.ndarray, limits: Limits, period: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Bounds (lower, upper) on the joint velocity of the next period, and what made each one.
+def velocity_bounds(q: np.ndarray, v: np.ndarray, limits: Limits, period: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds (lower, upper) on the joint velocity of the next period, each (n,), lower <= upper.
 
     Args:
         q, v: (n,) commanded position and velocity, rad (m) and rad/s (m/s).
-
-    Returns:
-        lower, upper: (n,), lower <= upper. lower_by, upper_by: (n,) of 0 velocity, 1 acceleration, 2 position.
     """
-    change = limits.acceleration * period
-    fastest, slowest = v + change, v - change
-    uppers = np.stack([limits.velocity, fastest, approach_speed(limits.upper - q, limits.acceleration, period)])
-    lowers = -np.stack([limits.velocity, -slowest, approach_speed(q - limits.lower, limits.acceleration, period)])
+    slowest, fastest, back, on = _bounds(q, v, limits, period)
     # Coming back from outside a limit asks for more than acceleration allows: acceleration has the last word.
-    upper = np.maximum(uppers.min(axis=0), slowest)
-    lower = np.minimum(lowers.max(axis=0), fastest)
-    return np.minimum(lower, upper), upper, lowers.argmax(axis=0), uppers.argmin(axis=0)
+    upper = np.maximum(np.minimum(np.minimum(limits.velocity, fastest), on), slowest)
+    lower = np.minimum(np.maximum(np.maximum(-limits.velocity, slowest), back), fastest)
+    return np.minimum(lower, upper), upper
+
+
+def active_limits(
+    q: np.ndarray, v: np.ndarray, limits: Limits, period: float, at_lower: np.ndarray, at_upper: np.ndarray
+) -> list[str]:
+    """What made the bounds of the joints `at_lower` and `at_upper` (n,) bool, of LIMIT_NAMES; arguments as above."""
+    slowest, fastest, back, on = _bounds(q, v, limits, period)
+    lower_by = np.argmax([-limits.velocity, slowest, back], axis=0)
+    upper_by = np.argmin([limits.velocity, fastest, on], axis=0)
+    return [LIMIT_NAMES[k] for k in sorted({*lower_by[at_lower], *upper_by[at_upper]})]
+
+
+def _bounds(q: np.ndarray, v: np.ndarray, limits: Limits, period: float) -> tuple[np.ndarray, ...]:
+    """Least and largest velocity by acceleration, then by position, each (n,)."""
+    change = limits.acceleration * period
+    distance = np.array([q - limits.lower, limits.upper - q])
+    back, on = approach_speed(distance, limits.acceleration, period)
+    return v - change, v + change, -back, on

@@ -12,9 +12,8 @@ from vla_core.robot import Arm
 
 from vla_control.command import ArmCommand, CommandRefused
 from vla_control.ik import DifferentialIk
-from vla_control.limits import RETURN_SPEED, approach_speed, braking_speed, velocity_bounds
+from vla_control.limits import RETURN_SPEED, active_limits, approach_speed, braking_speed, velocity_bounds
 
-LIMIT_NAMES = ("velocity", "acceleration", "position")
 #: A bound counts as active within this of it, rad/s.
 _ACTIVE = 1e-9
 #: Rotations are told apart up to half a turn; a goal never leads by more than this, rad.
@@ -133,11 +132,12 @@ class ArmMotion:
         period, arm = self._period, self.arm
         left = self._end - now
         share = period / left if left > period else 1.0
-        lower, upper, lower_by, upper_by = velocity_bounds(self.q, self.v, arm.limits, period)
+        lower, upper = velocity_bounds(self.q, self.v, arm.limits, period)
         jacobian = self._kinematics.jacobian(arm.name, self.q)
-        p, box, acceleration = self.T[:3, 3], arm.workspace, self._limits.tool_acceleration
-        outward = approach_speed(box.upper - p, acceleration, period)
-        inward = -approach_speed(p - box.lower, acceleration, period)
+        p, box = self.T[:3, 3], arm.workspace
+        inward, outward = approach_speed(
+            np.array([p - box.lower, box.upper - p]), self._limits.tool_acceleration, period
+        ) * [[-1.0], [1.0]]
         braked = self._braked(lower, upper)
         self._ik.bound(jacobian, lower, upper, inward, outward, braked)
         if self._joint_goal is None:
@@ -154,10 +154,9 @@ class ArmMotion:
         velocity, held = self._keep_stop_inside(velocity, braked)
         if held and "workspace" not in names:
             names.append("workspace")
-        names += [
-            LIMIT_NAMES[k]
-            for k in sorted({*upper_by[velocity >= upper - _ACTIVE], *lower_by[velocity <= lower + _ACTIVE]})
-        ]
+        at_lower, at_upper = velocity <= lower + _ACTIVE, velocity >= upper - _ACTIVE
+        if (at_lower | at_upper).any():
+            names += active_limits(self.q, self.v, arm.limits, period, at_lower, at_upper)
         self._advance(velocity)
         if self._joint_goal is None:
             names += self._limit_lead(now)
@@ -168,7 +167,7 @@ class ArmMotion:
     def brake(self) -> None:
         """One period of braking as hard as the acceleration limits allow; the goal stays where the command is."""
         if not self.still:
-            lower, upper, _, _ = velocity_bounds(self.q, self.v, self.arm.limits, self._period)
+            lower, upper = velocity_bounds(self.q, self.v, self.arm.limits, self._period)
             self._advance(self._braked(lower, upper))
             self._aim_here()
         else:
@@ -181,9 +180,9 @@ class ArmMotion:
 
     def _braked(self, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
         """Velocity (n,) after a period of braking: all joints come to rest together, so the arm keeps its way."""
-        periods = float(np.max(np.abs(self.v) / self.arm.limits.acceleration)) / self._period
+        periods = float((np.abs(self.v) / self.arm.limits.acceleration).max()) / self._period
         slower = self.v * (1.0 - 1.0 / periods) if periods > 1.0 else np.zeros(len(self.v))
-        return np.clip(slower, lower, upper)  # a joint near its limit brakes harder
+        return np.minimum(np.maximum(slower, lower), upper)  # a joint near its limit brakes harder
 
     def _advance(self, velocity: np.ndarray) -> None:
         self.q = self.q + velocity * self._period
@@ -209,11 +208,10 @@ class ArmMotion:
 
     def _tool_twist(self, share: float, jacobian: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Tool twist (6,) that keeps up with the set-point within the tool's speed."""
-        setpoint = self.goal if share == 1.0 else se3.interpolate(self.setpoint, self.goal, share)
-        forward = se3.delta(self.setpoint, setpoint) / self._period
+        step = share * se3.delta(self.setpoint, self.goal)
         lag = se3.delta(self.T, self.setpoint)
-        self.setpoint = setpoint
-        twist = forward + self._ik.correction(jacobian, lag)
+        self.setpoint = self.goal if share == 1.0 else se3.apply_delta(self.setpoint, step)
+        twist = step / self._period + self._ik.correction(jacobian, lag)
         tool, names = self.arm.tool_limits, []
         for part, speed in ((slice(0, 3), tool.speed), (slice(3, 6), tool.rotation)):
             length = _length(twist[part])
@@ -248,16 +246,21 @@ class ArmMotion:
     def _leaves_workspace(self, velocity: np.ndarray) -> bool:
         """True when the tool would be outside its box and farther out than now, once braked to rest."""
         limits, box, p = self.arm.limits, self.arm.workspace, self.T[:3, 3]
-        time = float(np.max(np.abs(velocity) / limits.acceleration))
+        time = float((np.abs(velocity) / limits.acceleration).max())
         # A joint near its limit brakes harder than the others and stays inside.
-        stop = np.clip(self.q + velocity * (self._period + 0.5 * time), *_hull(limits.lower, limits.upper, self.q))
+        lower, upper = _hull(limits.lower, limits.upper, self.q)
+        stop = np.minimum(np.maximum(self.q + velocity * (self._period + 0.5 * time), lower), upper)
         then = self._kinematics.forward(self.arm.name, stop)[:3, 3]
+        if not ((then < box.lower) | (then > box.upper)).any():
+            return False
         lower, upper = _hull(box.lower, box.upper, p)
         return bool(((then < lower) | (then > upper)).any())
 
     def _keep_in_workspace(self, T: np.ndarray, step: float = 0.0) -> None:
         """Move a pose (in place) into the workspace; while the tool is outside, only `step` (m) nearer than that."""
         box, p = self.arm.workspace, self.T[:3, 3]
+        if not ((T[:3, 3] < box.lower) | (T[:3, 3] > box.upper)).any():
+            return
         nearer = p + np.clip(np.clip(p, box.lower, box.upper) - p, -step, step)
         T[:3, 3] = np.clip(T[:3, 3], *_hull(box.lower, box.upper, nearer))
 
@@ -279,11 +282,10 @@ class ArmMotion:
     def _limit_lead(self, now: float) -> list[str]:
         lead = se3.delta(self.T, self.goal)
         moves, turns = self._most_lead(self._end - now)
-        scale = np.ones(6)
-        scale[:3] = min(1.0, moves / max(_length(lead[:3]), 1e-9))
-        scale[3:] = min(1.0, turns / max(_length(lead[3:]), 1e-9))
-        cut = bool((scale < 1.0 - 1e-9).any())
+        shares = min(1.0, moves / max(_length(lead[:3]), 1e-9)), min(1.0, turns / max(_length(lead[3:]), 1e-9))
+        cut = min(shares) < 1.0 - 1e-9
         if cut:
+            scale = np.repeat(shares, 3)
             self.goal = se3.apply_delta(self.T, scale * lead)
             self.setpoint = se3.apply_delta(self.T, scale * se3.delta(self.T, self.setpoint))
         box, p = self.arm.workspace, self.T[:3, 3]

@@ -289,6 +289,8 @@ def delta(T_from: ArrayLike, T_to: ArrayLike) -> np.ndarray:
     dp = p_to - p_from, rotation vector of R_to R_from^T: the layout of an end-effector command.
     """
     T_from, T_to = np.asarray(T_from, float), np.asarray(T_to, float)
+    if T_from.ndim == T_to.ndim == 2:
+        return _delta_one(T_from, T_to)
     dp = T_to[..., :3, 3] - T_from[..., :3, 3]
     dR = T_to[..., :3, :3] @ np.swapaxes(T_from[..., :3, :3], -1, -2)
     return np.concatenate([dp, log_so3(dR)], axis=-1)
@@ -297,6 +299,8 @@ def delta(T_from: ArrayLike, T_to: ArrayLike) -> np.ndarray:
 def apply_delta(T: ArrayLike, d: ArrayLike) -> np.ndarray:
     """Pose (..., 4, 4) after the change d [dp, rotation vector] (..., 6): the inverse of `delta`."""
     T, d = np.asarray(T, float), np.asarray(d, float)
+    if T.ndim == 2 and d.ndim == 1:
+        return _apply_delta_one(T, d)
     return transform(exp_so3(d[..., 3:]) @ T[..., :3, :3], T[..., :3, 3] + d[..., :3])
 
 
@@ -337,7 +341,7 @@ def _twelfth(x: np.ndarray) -> np.ndarray:
 
 
 # A control loop converts one rotation at a time, where NumPy's cost per call is ten times that of the
-# arithmetic: the four conversions that everything here is made of have a second form for one rotation, in
+# arithmetic: the conversions that everything here is made of have a second form for one rotation or pose, in
 # plain floats.
 
 
@@ -401,3 +405,17 @@ def _matrix_to_quat_one(R: np.ndarray) -> np.ndarray:
     if w < 0:
         norm = -norm
     return np.array([x / norm, y / norm, z / norm, w / norm])
+
+
+def _apply_delta_one(T: np.ndarray, d: np.ndarray) -> np.ndarray:
+    moved = T.copy()
+    moved[:3, :3] = _exp_so3_one(*d[3:].tolist()) @ T[:3, :3]
+    moved[:3, 3] += d[:3]
+    return moved
+
+
+def _delta_one(T_from: np.ndarray, T_to: np.ndarray) -> np.ndarray:
+    change = np.empty(6)
+    np.subtract(T_to[:3, 3], T_from[:3, 3], out=change[:3])
+    change[3:] = _quat_to_rotvec_one(*_matrix_to_quat_one(T_to[:3, :3] @ T_from[:3, :3].T).tolist())
+    return change
