@@ -10,10 +10,12 @@ from pathlib import Path
 
 import rclpy
 from rclpy.exceptions import ParameterException
-from rclpy.executors import Executor, MultiThreadedExecutor, SingleThreadedExecutor
+from rclpy.executors import Executor, MultiThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from vla_core.memory import keep_freed_memory
+
+from vla_ros.lean_executor import LeanExecutor
 
 #: A node looks this often, at least, whether it is to end, s.
 PATIENCE = 0.1
@@ -22,7 +24,7 @@ PATIENCE = 0.1
 def run_node(
     make: Callable[[], Node],
     args: list[str] | None = None,
-    executor: Callable[[], Executor] = SingleThreadedExecutor,
+    executor: Callable[[], Executor] = LeanExecutor,
 ) -> None:
     """Make a node and spin it until SIGINT, SIGTERM or its own end; then end it in order, with exit status 0.
 
@@ -35,8 +37,8 @@ def run_node(
         run(executor, ended): drives itself, until `ended()`, in place of spinning.
         finish(): called at the end, while topics and services still work.
 
-    The executor is one of rclpy's own: the events executor, as the wheels of Kilted have it, keeps half a core busy
-    with nothing to do and hangs at the end.
+    Not for `executor`: rclpy's events executor, which, as the wheels of Kilted have it, keeps half a core busy with
+    nothing to do and hangs at the end.
     """
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
