@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vla_core import se3
-from vla_execution.blending import SAME_DECISION, along, average, choose_opening, cross_fade
+from vla_execution.blending import SAME_DECISION, along, average, choose_opening, cross_fade, curve
 from vla_execution.layout import Layout
 
 POSE = Layout("pose", ("left", "right"), (8, 8))
@@ -73,14 +73,14 @@ def test_joints_are_averaged_linearly():
 
 
 def way(times):
-    """Actions (1, n, 16) of two arms that move and turn smoothly."""
+    """Actions (n, 16) of two arms that move and turn smoothly."""
     t = np.asarray(times)
-    out = np.zeros((1, len(t), 16))
-    out[0, :, 0], out[0, :, 9] = 0.1 * np.sin(2 * t), 0.1 * np.cos(3 * t)
+    out = np.zeros((len(t), 16))
+    out[:, 0], out[:, 9] = 0.1 * np.sin(2 * t), 0.1 * np.cos(3 * t)
     for arm, turn in enumerate(([1.0, 0.4, 0.0], [0.0, 3.0, 1.0])):
         rotation = np.sin(t)[:, None] * np.array(turn)
-        out[0, :, 8 * arm + 3 : 8 * arm + 7] = se3.matrix_to_quat(se3.exp_so3(rotation))
-        out[0, :, 8 * arm + 7] = t > 0.5
+        out[:, 8 * arm + 3 : 8 * arm + 7] = se3.matrix_to_quat(se3.exp_so3(rotation))
+        out[:, 8 * arm + 7] = t > 0.5
     return out
 
 
@@ -88,20 +88,24 @@ def way(times):
 def test_the_way_goes_through_every_action(step, flipped):
     actions = way(0.05 * np.arange(20))
     if flipped:  # the same rotations
-        actions[:, ::2, 3:7] *= -1
-    there = along(POSE, actions, np.array([step]), np.array([0.0]))
-    same = np.sign(np.sum(there[0, 3:7] * actions[0, step, 3:7]))
-    there[:, 3:7] *= same
-    np.testing.assert_allclose(there[0], actions[0, step], atol=1e-12)
+        actions[::2, 3:7] *= -1
+    cubics = curve(POSE, actions)
+    there = along(POSE, cubics[step], 0.0)
+    np.testing.assert_allclose(there, actions[step], atol=1e-12)
+    if step:
+        before = along(POSE, cubics[step - 1], 1.0)
+        before[3:7] *= np.sign(before[3:7] @ there[3:7])
+        np.testing.assert_allclose(before[:7], there[:7], atol=1e-12)
+        assert before[7] == actions[step - 1, 7]
 
 
 def test_the_way_is_smooth_and_near_what_was_meant():
     period, parts = 0.05, 10
     actions = way(period * np.arange(20))
     fine = period / parts * np.arange(19 * parts)
-    step = (np.arange(19 * parts) // parts, np.arange(19 * parts) % parts / parts)
-    found = along(POSE, np.repeat(actions, len(fine), 0), *step)
-    meant = way(fine)[0]
+    cubics = curve(POSE, actions)
+    found = np.array([along(POSE, cubics[k // parts], k % parts / parts) for k in range(19 * parts)])
+    meant = way(fine)
     np.testing.assert_allclose(found[:, POSE.linear], meant[:, POSE.linear], atol=2e-4)
     turned = se3.quat_to_matrix(found[:, POSE.quaternions]) @ np.swapaxes(
         se3.quat_to_matrix(meant[:, POSE.quaternions]), -1, -2
@@ -117,4 +121,9 @@ def test_the_way_is_smooth_and_near_what_was_meant():
 
 def test_the_last_action_is_held():
     actions = way([0.0, 0.05, 0.1])
-    np.testing.assert_allclose(along(POSE, actions, np.array([2]), np.array([0.7]))[0], actions[0, 2], atol=1e-12)
+    np.testing.assert_allclose(along(POSE, curve(POSE, actions)[2], 0.7), actions[2], atol=1e-12)
+
+
+def test_a_single_action_is_held():
+    action = way([0.3])
+    np.testing.assert_allclose(along(POSE, curve(POSE, action)[0], 0.4), action[0], atol=1e-12)

@@ -3,9 +3,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from execution_toys import HORIZON, PERIOD, START, Run, ToyPolicy, path
+from execution_toys import HORIZON, PERIOD, ROBOT, START, Run, ToyPolicy, path
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vla_core import se3
 from vla_execution.chunk import Chunk
+from vla_execution.executor import EARLY
 from vla_execution.goal import GoalPredictor
 
 
@@ -225,3 +228,45 @@ def test_a_lost_command_is_given_up():
     goals = GoalPredictor("executor")
     goals.record(status.sequence + 1, 0.5, {"arm": np.array([0.01, 0, 0, 0, 0, 0])}, {})
     np.testing.assert_array_equal(goals.predict(status, 0.8)["arm"].goal, status.arms["arm"].goal)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.0, 0.01), min_size=1, max_size=40), st.sampled_from([PERIOD, 0.12]))
+def test_early_ticks_split_control_periods_and_change_nothing_else(offsets, delay):
+    """Chunks that come between two ticks get a command at once: the periods of all add up, none is too fast."""
+    run = Run("naive", delay, ToyPolicy(spread=0.01)).until(1.0)
+    control, limits = run.executor.period, ROBOT.arms[0].tool_limits
+    early = 0
+    for offset in offsets:
+        begin = run.now
+        run.tick()
+        commands = [run.controller._late]
+        now = begin + offset
+        running = run.executor.strategy.chunk
+        new = ToyPolicy(seed=early).infer(run.requests[-1], running.observed + 1e-6, run.phase(running.observed))
+        assert run.executor.on_chunk(replace(new, id=0), now) == ""
+        command = run.executor.tick_early(now, run.controller.status(now))
+        if command is not None:
+            early += 1
+            commands.append(command)
+            run.controller.step(command)
+            assert control * EARLY[0] <= command.period == pytest.approx(offset)
+            # A second chunk in the same period is split off from what is left.
+            assert run.executor.tick_early(now, run.controller.status(now)) is None
+        for each in commands:
+            assert np.linalg.norm(each.arms["arm"].delta[:3]) <= limits.speed * each.period * (1 + 1e-9)
+        run.tick()
+        rest = run.controller._late
+        spent = command.period if command else 0.0
+        assert rest.period + spent == pytest.approx(control)
+        assert rest.sequence == commands[-1].sequence + 1
+    assert early or all(o < control * EARLY[0] or o > control * (1 - EARLY[1]) for o in offsets)
+
+
+def test_nothing_is_sent_early_without_a_plan_a_tick_or_an_armed_controller():
+    run = Run("naive", 0.1)
+    assert run.executor.tick_early(0.005, run.controller.status(0.0)) is None
+    run.until(1.0)
+    run.controller.state = "stopped"
+    run.executor.tick(run.now, run.controller.status(run.now))
+    assert run.executor.tick_early(run.now + 0.005, run.controller.status(run.now)) is None

@@ -11,6 +11,8 @@ the object. The rule, used wherever predictions meet (`choose_opening`):
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from vla_core import se3
 
@@ -36,29 +38,32 @@ def choose_opening(openings: np.ndarray, weights: np.ndarray) -> float:
     return float(np.clip(openings @ weights / weights.sum(), openings.min(), openings.max()))
 
 
-def along(layout: Layout, actions: np.ndarray, step: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Targets (N, D) on the way from action `step` to the next one, in each of N chunks.
+def curve(layout: Layout, actions: np.ndarray) -> np.ndarray:
+    """The smooth way through actions (H, D): for each one, the cubic (4, D) that leads to the next; see `along`.
 
     A Catmull-Rom spline goes through the actions with continuous velocity: on straight lines between them the arm
     would change its velocity at every action at once. Quaternions go along it by their components, normalised:
-    neighbouring actions are near. Grippers hold the decision of action `step`.
-
-    Args:
-        actions: (N, H, D). step: (N,) in 0 .. H - 1; the last action is held. u: (N,) part of the way, in [0, 1].
+    neighbouring actions are near. Grippers hold the decision of the action before; the last action is held.
     """
-    rows, last = np.arange(len(actions)), actions.shape[1] - 1
-    a, b, c, d = (actions[rows, np.clip(step + k, 0, last)] for k in (-1, 0, 1, 2))
+    steps, last = np.arange(len(actions)), len(actions) - 1
+    a, b, c, d = (actions[np.clip(steps + k, 0, last)] for k in (-1, 0, 1, 2))
     for near in (a, c, d):
         for q in layout.quaternions:  # q and -q are the same rotation
             near[:, q] *= np.where(np.sum(near[:, q] * b[:, q], -1, keepdims=True) < 0.0, -1.0, 1.0)
     # At the ends as if the outermost step went on.
-    a = np.where((step == 0)[:, None], 2.0 * b - c, a)
-    d = np.where((step >= last - 1)[:, None], 2.0 * c - b, d)
-    u = np.where(step >= last, 0.0, u)[:, None]
-    out = b + 0.5 * u * ((c - a) + u * (2.0 * a - 5.0 * b + 4.0 * c - d + u * (3.0 * (b - c) + d - a)))
-    for q in layout.quaternions:
-        out[:, q] /= np.linalg.norm(out[:, q], axis=-1, keepdims=True)
-    out[:, layout.grippers] = b[:, layout.grippers]
+    a[0] = 2.0 * b[0] - c[0]
+    d[-2:] = 2.0 * c[-2:] - b[-2:]
+    cubics = np.stack([b, 0.5 * (c - a), a - 2.5 * b + 2.0 * c - 0.5 * d, 0.5 * (3.0 * (b - c) + d - a)], axis=1)
+    cubics[:, 1:, layout.grippers] = 0.0
+    cubics[-1, 1:] = 0.0
+    return cubics
+
+
+def along(layout: Layout, cubic: np.ndarray, u: float) -> np.ndarray:
+    """Target (D,) at u in [0, 1] of a cubic (4, D) of a `curve`."""
+    out = cubic[0] + u * (cubic[1] + u * (cubic[2] + u * cubic[3]))
+    for q in layout.quaternion_slices:
+        out[q] /= math.sqrt(out[q] @ out[q])
     return out
 
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from vla_execution.blending import along
+from vla_execution.blending import along, curve
 from vla_execution.layout import KINDS, POSE_WIDTH, Layout
 
 #: Quaternions may differ from unit length by this much before the chunk is refused; they are normalised then.
@@ -131,7 +132,7 @@ class Chunk:
         return max(0, math.ceil((time - self.start - ON_TIME) / self.period))
 
     def at(self, time: float) -> np.ndarray:
-        """Target (D,) at `time` (s): on a smooth curve through the actions (`blending.along`); the gripper keeps the
+        """Target (D,) at `time` (s): on a smooth curve through the actions (`blending.curve`); the gripper keeps the
         opening of the action before. Before the first and after the last action: that action."""
         step = self.index(time)
         if step < 0:
@@ -139,7 +140,11 @@ class Chunk:
         if step >= self.horizon - 1:
             return self.targets[-1].copy()
         u = min(max((time - self.due(step)) / self.period, 0.0), 1.0)
-        return along(self.layout, self.targets[None], np.array([step]), np.array([u]))[0]
+        return along(self.layout, self._curve[step], u)
+
+    @cached_property
+    def _curve(self) -> np.ndarray:
+        return curve(self.layout, self.targets)
 
     def remainder(self, time: float) -> Chunk | None:
         """What is left at `time`: from the action being executed on; None after the last."""
@@ -150,7 +155,7 @@ class Chunk:
 
     def shifted(self, start: float) -> Chunk:
         """The same actions, the first one due at `start` (s)."""
-        return replace(self, start=start, observed=self.observed)
+        return self if start == self.start else replace(self, start=start, observed=self.observed)
 
 
 def resampled(remainder: Chunk, observed: float, period: float, horizon: int) -> np.ndarray:

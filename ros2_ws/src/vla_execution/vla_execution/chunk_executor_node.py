@@ -16,7 +16,7 @@ from vla_msgs.msg import ActionChunk, ChunkRequest, Command, PolicyStatus, Safet
 from vla_ros.run import run_node
 
 from vla_execution.chunk import ChunkRefused
-from vla_execution.executor import Executor
+from vla_execution.executor import Executor, ExecutorCommand
 from vla_execution.messages import read_chunk, read_status, write_command, write_request
 from vla_execution.strategies import ExecutionConfig
 
@@ -67,10 +67,15 @@ class ChunkExecutorNode(Node):
             core.refuse(str(refusal), now, message.request_id)
         else:
             core.on_chunk(chunk, now, message.warm_up, message.error)
+            self._send(core.tick_early(now, self._status), now)
 
     def on_tick(self) -> None:
-        core, now = self.executor_core, self.now()
-        command = core.tick(now, self._status)
+        now = self.now()
+        self._send(self.executor_core.tick(now, self._status), now)
+
+    def _send(self, command: ExecutorCommand | None, now: float) -> None:
+        """Send a command and what else it is time for."""
+        core = self.executor_core
         if command is not None:
             self._commands.publish(write_command(command, core.robot, core.source))
         request = core.poll_request(now)

@@ -1,8 +1,8 @@
 """The executor: turns chunks into one command per control period. Pure: no ROS, the clock is handed in.
 
-At every control period `tick` gives the command; whenever it is time, `poll_request` gives the next request; every
-chunk goes through `on_chunk`, which refuses what must not be executed and says why. The same object drives the node,
-the lock-step benchmark and the tests.
+At every control period `tick` gives the command, and `tick_early` another one between two ticks when a chunk has come;
+whenever it is time, `poll_request` gives the next request; every chunk goes through `on_chunk`, which refuses what must
+not be executed and says why. The same object drives the node, the lock-step benchmark and the tests.
 
 Safe by construction: without a plan, an armed controller and a fresh status the answer is hold or silence; no step
 is larger than the tool (joint) speed limit allows in one period; a plan that lies farther than `max_jump`,
@@ -12,6 +12,7 @@ clock that was set back drops everything that belonged to the time before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -39,6 +40,9 @@ STATUS_TIMEOUT = 0.3
 FUTURE = 0.5
 #: After an answer that could not be used the policy is asked again this much later, s.
 RETRY = 0.1
+#: An early tick comes at least the first share of a control period after a tick (simulated time may stand still
+#: between two) and the second before the next, which else is soon enough.
+EARLY = 0.01, 0.1
 #: A clock that goes back by more than this was set back, s.
 CLOCK_JUMP = 0.05
 
@@ -195,11 +199,30 @@ class Executor:
         Nothing is sent while the controller is not ready or its status is missing, and before the first chunk: the
         controller then holds by itself, and others may command.
         """
-        command = self._decide(now, status)
+        period, self._spent, self._ticked = self.period - self._spent, 0.0, now
+        return self._decide(now, status, period)
+
+    def tick_early(self, now: float, status: Status | None) -> ExecutorCommand | None:
+        """The command of the part of this control period that has passed, for a chunk that has just come.
+
+        It need not wait for the next tick, whose command then covers the rest of the period only. None: nothing to be
+        sent early.
+        """
+        period = now - self._ticked - self._spent
+        first, last = EARLY[0] * self.period, (1.0 - EARLY[1]) * self.period - self._spent
+        if not first <= period <= last:
+            return None
+        if not self._ready or self.strategy.target(now) is None:
+            return None
+        self._spent += period
+        return self._decide(now, status, period)
+
+    def _decide(self, now: float, status: Status | None, period: float) -> ExecutorCommand | None:
+        command = self._command(now, status, period)
         self._standstill.update(now, command is None or command.hold)
         return command
 
-    def _decide(self, now: float, status: Status | None) -> ExecutorCommand | None:
+    def _command(self, now: float, status: Status | None, period: float) -> ExecutorCommand | None:
         if now < self._now - CLOCK_JUMP:
             self.reset(now)
             self.delays.clear()
@@ -228,7 +251,7 @@ class Executor:
         if target is not None and goals is not None:
             far = self._too_far(self.strategy.chunk, target, goals)
             if not far:
-                return self._move(now, target, goals)
+                return self._move(now, target, goals, period)
             self.strategy.reset()
             self.reason = f"plan dropped: {far}"
         if not self._started:
@@ -237,9 +260,9 @@ class Executor:
         self._holding = True
         self._sequence += 1
         self._goals.record(self._sequence, now, None, {})
-        return ExecutorCommand(now, self._sequence, self.period, hold=True)
+        return ExecutorCommand(now, self._sequence, period, hold=True)
 
-    def _move(self, now: float, target: np.ndarray, goals: Mapping[str, ArmStatus]) -> ExecutorCommand:
+    def _move(self, now: float, target: np.ndarray, goals: Mapping[str, ArmStatus], period: float) -> ExecutorCommand:
         chunk = self.strategy.chunk
         arms = {}
         limited = False
@@ -249,12 +272,12 @@ class Executor:
                 delta = se3.delta(goal.goal, se3.pose_to_matrix(wanted[:7]))
                 for half, speed in ((delta[:3], arm.tool_limits.speed), (delta[3:], arm.tool_limits.rotation)):
                     size = float(np.linalg.norm(half))
-                    if size > speed * self.period:
-                        half *= speed * self.period / size
+                    if size > speed * period:
+                        half *= speed * period / size
                         limited = True
                 arms[name] = ArmMotion(gripper=float(wanted[-1]), delta=delta)
             else:
-                largest = arm.limits.velocity * self.period
+                largest = arm.limits.velocity * period
                 step = wanted[:-1] - goal.joints
                 limited |= bool((np.abs(step) > largest).any())
                 arms[name] = ArmMotion(gripper=float(wanted[-1]), joints=goal.joints + np.clip(step, -largest, largest))
@@ -266,9 +289,7 @@ class Executor:
         joints = {name: arm.joints for name, arm in arms.items() if arm.joints is not None}
         self._goals.record(self._sequence, now, deltas, joints)
         boundary, self._boundary = self._boundary, (0.0, 0.0)
-        return ExecutorCommand(
-            now, self._sequence, self.period, False, arms, chunk.observed, self._chunk_number, boundary
-        )
+        return ExecutorCommand(now, self._sequence, period, False, arms, chunk.observed, self._chunk_number, boundary)
 
     # ------------------------------------------------------------------------------------------------------ chunks
 
@@ -364,8 +385,8 @@ class Executor:
     @staticmethod
     def _distance(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> tuple[float, float]:
         """Largest distance of the arms' tools, (m, rad)."""
-        deltas = np.array([se3.delta(first[name], second[name]) for name in second])
-        return float(np.linalg.norm(deltas[:, :3], axis=1).max()), float(np.linalg.norm(deltas[:, 3:], axis=1).max())
+        deltas = [se3.delta(first[name], second[name]).tolist() for name in second]
+        return max(math.hypot(*d[:3]) for d in deltas), max(math.hypot(*d[3:]) for d in deltas)
 
     # ----------------------------------------------------------------------------------------------------- the end
 
@@ -389,6 +410,7 @@ class Executor:
         self._holding = False  # the newest command was a hold
         self._moved = -np.inf  # when the arm moved last
         self._standstill = Standstill()
+        self._ticked, self._spent = -np.inf, 0.0  # the newest tick, s; what of its period is commanded already, s
         self._dropped = ""
         self._chunk_number = 0
         self._boundary = (0.0, 0.0)

@@ -47,6 +47,11 @@ class Layout:
         return np.array([np.arange(s.start + 3, s.start + 7) for s in self.slices.values()])
 
     @cached_property
+    def quaternion_slices(self) -> list[slice]:
+        """The same, an arm at a time."""
+        return [slice(int(q[0]), int(q[-1]) + 1) for q in self.quaternions]
+
+    @cached_property
     def linear(self) -> np.ndarray:
         """Indices of the numbers that are blended linearly: positions, or joints."""
         return np.setdiff1d(np.arange(self.dim), np.concatenate([self.grippers, self.quaternions.ravel()]))

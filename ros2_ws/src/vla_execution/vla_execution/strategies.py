@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_execution.blending import along, average
+from vla_execution.blending import average
 from vla_execution.chunk import ON_TIME, Chunk
 from vla_execution.delay import DelayEstimator
 from vla_execution.ensembling import ensemble_weights
 from vla_execution.plan import Plan
 from vla_execution.rtc import SCHEDULES
 
-#: Actions that shape the way to an action (`blending.along`): itself and the next.
+#: Actions that shape the way to an action (`blending.curve`): itself and the next.
 SHAPING = 2
 
 
@@ -210,7 +210,6 @@ class TemporalEnsemble(Strategy):
     def __init__(self, config: ExecutionConfig):
         super().__init__(config)
         self._chunks: list[Chunk] = []
-        self._stacked = np.zeros((0, 0, 0))  # (N, H, D)
         self._asked = -math.inf  # when the newest request was made, s
 
     @property
@@ -233,19 +232,14 @@ class TemporalEnsemble(Strategy):
             if c.end >= now and (c.layout, c.horizon, c.period) == (chunk.layout, chunk.horizon, chunk.period)
         ]  # fmt: skip
         self._chunks = [*alike, chunk]
-        self._stacked = np.stack([c.targets for c in self._chunks])
         return True
 
     def target(self, now: float) -> np.ndarray | None:
-        running = np.array([now <= c.end + ON_TIME for c in self._chunks], bool)
-        if not running.any():
+        predictions = [c.at(now) for c in self._chunks if now <= c.end + ON_TIME]
+        if not predictions:
             return None
-        newest, stacked = self._chunks[-1], self._stacked[running]
-        starts = np.array([c.start for c in self._chunks])[running]
-        time = np.maximum(now - starts, 0.0)  # as Chunk.at, for all chunks at once
-        step = np.minimum(((time + ON_TIME) / newest.period).astype(int), newest.horizon - 1)
-        predictions = along(newest.layout, stacked, step, np.clip(time / newest.period - step, 0.0, 1.0))
-        return average(newest.layout, predictions, ensemble_weights(len(predictions), self.config.decay))
+        weights = ensemble_weights(len(predictions), self.config.decay)
+        return average(self._chunks[-1].layout, np.array(predictions), weights)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {
