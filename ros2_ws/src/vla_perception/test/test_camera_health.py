@@ -104,6 +104,20 @@ def test_same_picture_while_nothing_moves_is_well():
         assert not sampler.faults(event[0])["scene"].startswith("frozen")
 
 
+def test_an_arm_that_is_put_elsewhere_and_stands_still_is_no_frozen_camera():
+    """The image of a simulated arm that was reset may come before its joint states."""
+    panda = robot(["scene"])
+    sampler = ObservationSampler(panda, {})
+    for event in log(panda, 1.5):
+        time = event[0] - 100.0
+        if event[1] == "joints":
+            event = (*event[:3], joints_at(panda, 0.0 if time < 0.59 else 1.0, speed=0.9))
+        elif time > 0.5:
+            event = (*event[:3], image(1000))
+        feed(sampler, panda, [event])
+        assert not sampler.faults(event[0])["scene"].startswith("frozen")
+
+
 def test_camera_that_comes_back_is_well_again():
     _, times, named, _ = run(only("wrist", lambda e: e if e[0] > 101.5 else None), seconds=2.5)
     assert "dead" in named[1]["wrist"]

@@ -24,6 +24,9 @@ KEPT = 0.5
 #: run down one column of the picture.
 _STRIDE = 1009
 
+#: Identical images after which joint states are no older than they: a reset moves a simulated arm at once.
+_SETTLED = 3
+
 
 class ImageMessage(Protocol):
     """What is used of sensor_msgs/Image (or of the same message read from a bag)."""
@@ -144,7 +147,7 @@ class CameraTrack:
             return
         self._identical += 1
         positions = tools()
-        if positions is not None and self._tools_then is None:
+        if positions is not None and (self._tools_then is None or self._identical <= _SETTLED):
             self._tools_then = positions
         if positions is not None and len(positions):
             moved = np.linalg.norm(positions - self._tools_then, axis=1).max()
