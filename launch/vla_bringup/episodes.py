@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
@@ -19,10 +18,13 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from vla_msgs.msg import EpisodeEvent, PolicyStatus, SafetyStatus
 from vla_msgs.srv import ResetWorld, StartEpisode, StopEpisode
+from vla_ros.lean_executor import LeanExecutor
 
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 #: Longest wait for the graph to come up and for one answer of a service, wall time, s.
 START_UP, SERVICE = 120.0, 20.0
+#: From the moment that a service is seen until it is called, wall time, s.
+SETTLE = 1.0
 #: An episode may take this many times its own time limit in wall time before it is given up.
 PATIENCE = 4.0
 
@@ -68,7 +70,7 @@ class EpisodeRunner:
             context=self._context,
             parameter_overrides=[Parameter("use_sim_time", value=True)],
         )
-        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor = LeanExecutor(context=self._context)
         self._executor.add_node(self.node)
         n = self.node
         n.create_subscription(PolicyStatus, "/policy_status", lambda m: setattr(self, "_policy", m), LATCHED)
@@ -120,6 +122,10 @@ class EpisodeRunner:
                 f"{'active' if self._policy and self._policy.active else 'not active'}, safety status "
                 f"{'heard' if self._safety else 'not heard'}, services missing: {missing}"
             )
+
+        # A server that was just started may not know its client yet; its answer would be lost without a word
+        # (ros2/rmw_fastrtps#842).
+        self._spin_until(lambda: False, SETTLE)
 
     def run(self, task: str, seed: int, options: tuple[str, ...] = ()) -> EpisodeResult:
         """One episode, from reset to outcome."""

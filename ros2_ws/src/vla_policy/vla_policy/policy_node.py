@@ -10,10 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from functools import partial
 
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.executors import MultiThreadedExecutor
+from rclpy.callback_groups import ReentrantCallbackGroup
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
@@ -65,8 +63,8 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(Observation, "/observation", self.on_observation, 2)
         self.create_subscription(ChunkRequest, "/chunk_request", self.on_request, 5)
         self.create_subscription(String, "/instruction", self.on_instruction, LATCHED)
-        # Loading takes seconds: in a group of its own it holds up nothing else.
-        loading = MutuallyExclusiveCallbackGroup()
+        # Loading takes seconds: beside everything else (LeanExecutor) it holds up nothing.
+        loading = ReentrantCallbackGroup()
         self.create_service(LoadPolicy, "/policy/load", self.on_load, callback_group=loading)
         self.create_service(SwitchPolicy, "/policy/switch", self.on_switch)
         self.create_timer(1.0, self.publish_status)
@@ -254,7 +252,7 @@ def make_node() -> PolicyNode:
 
 def main(args: list[str] | None = None) -> None:
     """Run the node until SIGINT or SIGTERM."""
-    run_node(make_node, args, partial(MultiThreadedExecutor, num_threads=2))
+    run_node(make_node, args)
 
 
 if __name__ == "__main__":

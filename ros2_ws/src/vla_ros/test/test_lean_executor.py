@@ -1,12 +1,14 @@
 """Everything that a node may wait for, on the executor of all nodes."""
 
 import os
+import threading
 import time
 
 import pytest
 
 rclpy = pytest.importorskip("rclpy")
 
+from rclpy.callback_groups import ReentrantCallbackGroup  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from std_msgs.msg import Int32  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
@@ -103,6 +105,36 @@ def test_a_callback_that_awaits_is_refused(graph):
 
     node.create_timer(0.001, tick)
     with pytest.raises(TypeError, match="expected a plain function"):
+        until(lambda: False)
+
+
+def test_a_slow_service_of_a_reentrant_group_holds_up_nothing(graph):
+    node, _, until = graph
+    go_on, calls, answers = threading.Event(), [], []
+
+    def serve(_, response):
+        go_on.wait(30.0)
+        response.success = True
+        return response
+
+    node.create_service(Trigger, "slow", serve, callback_group=ReentrantCallbackGroup())
+    client = node.create_client(Trigger, "slow")
+    until(client.service_is_ready)
+    client.call_async(Trigger.Request()).add_done_callback(lambda f: answers.append(f.result().success))
+    node.create_timer(0.002, lambda: calls.append(1))
+    until(lambda: len(calls) > 50)
+    assert answers == []
+    go_on.set()
+    until(lambda: answers == [True])
+
+
+def test_an_error_in_a_service_beside_reaches_the_caller(graph):
+    node, _, until = graph
+    node.create_service(Trigger, "broken", lambda q, a: {}["missing"], callback_group=ReentrantCallbackGroup())
+    client = node.create_client(Trigger, "broken")
+    until(client.service_is_ready)
+    client.call_async(Trigger.Request())
+    with pytest.raises(KeyError, match="missing"):
         until(lambda: False)
 
 

@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("rclpy")
 
 NODE = """
-    import sys
-    from rclpy.executors import MultiThreadedExecutor, SingleThreadedExecutor
     from rclpy.node import Node
     from std_msgs.msg import String
     from vla_ros.run import run_node
@@ -39,7 +37,7 @@ NODE = """
             self.publisher.publish(String(data="goodbye"))
             print("goodbye", flush=True)
 
-    run_node(Talker, executor=MultiThreadedExecutor if "many" in sys.argv else SingleThreadedExecutor)
+    run_node(Talker)
 """
 
 
@@ -52,10 +50,9 @@ def start(tmp_path, *words):
     )
 
 
-@pytest.mark.parametrize("executor", ["one", "many"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_node_say_goodbye_and_end_quietly(tmp_path, number, executor):
-    process = start(tmp_path, executor)
+def test_a_signal_lets_the_node_say_goodbye_and_end_quietly(tmp_path, number):
+    process = start(tmp_path)
     assert process.stdout.readline() == "running\n"
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)

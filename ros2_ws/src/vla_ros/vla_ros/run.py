@@ -10,7 +10,6 @@ from pathlib import Path
 
 import rclpy
 from rclpy.exceptions import ParameterException
-from rclpy.executors import Executor, MultiThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 from vla_core.memory import keep_freed_memory
@@ -21,11 +20,7 @@ from vla_ros.lean_executor import LeanExecutor
 PATIENCE = 0.1
 
 
-def run_node(
-    make: Callable[[], Node],
-    args: list[str] | None = None,
-    executor: Callable[[], Executor] = LeanExecutor,
-) -> None:
+def run_node(make: Callable[[], Node], args: list[str] | None = None) -> None:
     """Make a node and spin it until SIGINT, SIGTERM or its own end; then end it in order, with exit status 0.
 
     Signals only ask: the ROS context lives until the node has said goodbye, so that the controller can brake and the
@@ -37,7 +32,7 @@ def run_node(
         run(executor, ended): drives itself, until `ended()`, in place of spinning.
         finish(): called at the end, while topics and services still work.
 
-    Not for `executor`: rclpy's events executor, which, as the wheels of Kilted have it, keeps half a core busy with
+    It spins on a LeanExecutor. rclpy's events executor, as the wheels of Kilted have it, keeps half a core busy with
     nothing to do and hangs at the end.
     """
     asked: list[int] = []
@@ -57,7 +52,7 @@ def run_node(
         def ended() -> bool:
             return bool(asked) or getattr(node, "done", False)
 
-        spinning = executor()
+        spinning = LeanExecutor()
         spinning.add_node(node)
         try:
             if hasattr(node, "run"):
@@ -68,10 +63,6 @@ def run_node(
         finally:
             if hasattr(node, "finish"):
                 node.finish()
-            # A callback that still runs in a thread would find its executor gone, and rclpy's own shutdown does not
-            # wait for the last of it.
-            if isinstance(spinning, MultiThreadedExecutor):
-                spinning._executor.shutdown(wait=True)
             spinning.shutdown()
             node.destroy_node()
     finally:
