@@ -47,7 +47,7 @@ def test_a_second_policy_takes_over_without_a_stop(graph, policies):
     graph.begin()  # back from where the first has driven meanwhile
     try:
         assert graph.call(SwitchPolicy, "/policy/switch", SwitchPolicy.Request(policy="right")).success
-        graph.until(lambda: graph.chunks[-1].policy == "right", "chunks of the second policy")
+        graph.until(lambda: graph.chunks and graph.chunks[-1].policy == "right", "chunks of the second policy")
         graph.until(lambda: graph.tool()[1] < max(graph.tool(s)[1] for s in graph.safety) - 0.01, "the arm turns back")
         running = [s.state for s in graph.safety]
         assert set(running[running.index(RUNNING) :]) == {RUNNING}
@@ -75,7 +75,7 @@ def test_a_policy_killed_in_motion_leaves_the_arm_braking_and_drives_again_when_
     assert not np.any(recorded[-1].arms[0].velocity)
     check_limits(recorded)
     graph.start("policy_node")
-    graph.until(lambda: graph.state == RUNNING, "the arm moves again by itself")
+    graph.recovers("policy_node")
     graph.moved()
 
 
@@ -110,5 +110,5 @@ def test_a_node_killed_in_motion_is_replaced(graph, name):
     graph.holds()
     check_limits(graph.safety)
     graph.start(name)
-    graph.until(lambda: graph.state == RUNNING, "the arm moves again by itself")
+    graph.recovers(name)
     graph.moved()
