@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vla_control.limits import RETURN_SPEED, active_limits, approach_speed, braking_speed, velocity_bounds
+from vla_control.limits import RETURN_SPEED, approach_speed, braking_speed, velocity_bounds
 from vla_core.robot import Limits
 
 PERIOD = 0.01
@@ -48,7 +48,7 @@ def test_any_choice_within_the_bounds_keeps_every_limit(choices, start, accelera
     bound = limits(acceleration)
     q, v = np.array([start]), np.zeros(1)
     for choice in choices:
-        lower, upper = velocity_bounds(q, v, bound, PERIOD)
+        lower, upper = velocity_bounds(q, v, bound, PERIOD)[:2]
         assert lower <= upper
         chosen = lower + (0.5 + 0.5 * choice) * (upper - lower)
         assert np.abs(chosen - v) <= acceleration * PERIOD + 1e-12
@@ -62,7 +62,7 @@ def test_full_speed_towards_a_limit_ends_at_it():
     bound = limits()
     q, v = np.zeros(1), np.zeros(1)
     for _ in range(500):
-        _, v = velocity_bounds(q, v, bound, PERIOD)
+        v = velocity_bounds(q, v, bound, PERIOD).upper
         q = q + v * PERIOD
     assert 1.0 - 1e-3 < q[0] <= 1.0 + 1e-12
     assert abs(v[0]) < 1e-3
@@ -74,11 +74,12 @@ def test_each_bound_is_named_for_what_makes_it():
     here, nowhere = np.array([True]), np.array([False])
 
     def upper(q, v):
-        return active_limits(q, v, bound, PERIOD, nowhere, here)
+        return velocity_bounds(q, v, bound, PERIOD).made_by(nowhere, here)
 
     assert upper(rest, rest) == ["acceleration"]
     assert upper(rest, 1.99 * one) == ["velocity"]
     assert upper(one, rest) == ["position"]
-    assert active_limits(-one, rest, bound, PERIOD, here, nowhere) == ["position"]
-    assert active_limits(-one, rest, bound, PERIOD, here, here) == ["acceleration", "position"]
-    assert active_limits(rest, rest, bound, PERIOD, nowhere, nowhere) == []
+    low = velocity_bounds(-one, rest, bound, PERIOD)
+    assert low.made_by(here, nowhere) == ["position"]
+    assert low.made_by(here, here) == ["acceleration", "position"]
+    assert low.made_by(nowhere, nowhere) == []

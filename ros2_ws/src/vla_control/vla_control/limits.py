@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from vla_core.robot import Limits
 
@@ -36,32 +38,35 @@ def approach_speed(distance: np.ndarray, acceleration: np.ndarray, period: float
     return np.where(distance < 0.0, -np.minimum(speed, RETURN_SPEED), speed)
 
 
-def velocity_bounds(q: np.ndarray, v: np.ndarray, limits: Limits, period: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (lower, upper) on the joint velocity of the next period, each (n,), lower <= upper.
+class VelocityBounds(NamedTuple):
+    """Bounds on the joint velocity of the next period, lower <= upper, and what makes them; all (n,), rad/s (m/s).
 
-    Args:
-        q, v: (n,) commanded position and velocity, rad (m) and rad/s (m/s).
+    most: by velocity. slowest, fastest: by acceleration. back, on: by position, towards the lower and upper limit.
     """
-    slowest, fastest, back, on = _bounds(q, v, limits, period)
+
+    lower: np.ndarray
+    upper: np.ndarray
+    most: np.ndarray
+    slowest: np.ndarray
+    fastest: np.ndarray
+    back: np.ndarray
+    on: np.ndarray
+
+    def made_by(self, at_lower: np.ndarray, at_upper: np.ndarray) -> list[str]:
+        """What made the bounds of the joints `at_lower` and `at_upper` (n,) bool, of LIMIT_NAMES."""
+        lower_by = np.argmax([-self.most, self.slowest, self.back], axis=0)
+        upper_by = np.argmin([self.most, self.fastest, self.on], axis=0)
+        return [LIMIT_NAMES[k] for k in sorted({*lower_by[at_lower], *upper_by[at_upper]})]
+
+
+def velocity_bounds(q: np.ndarray, v: np.ndarray, limits: Limits, period: float) -> VelocityBounds:
+    """The bounds at commanded joint positions q (n,), rad (m), and velocities v (n,), rad/s (m/s)."""
+    change = limits.acceleration * period
+    slowest, fastest = v - change, v + change
+    distance = np.array([q - limits.lower, limits.upper - q])
+    back, on = approach_speed(distance, limits.acceleration, period)
+    back = -back
     # Coming back from outside a limit asks for more than acceleration allows: acceleration has the last word.
     upper = np.maximum(np.minimum(np.minimum(limits.velocity, fastest), on), slowest)
     lower = np.minimum(np.maximum(np.maximum(-limits.velocity, slowest), back), fastest)
-    return np.minimum(lower, upper), upper
-
-
-def active_limits(
-    q: np.ndarray, v: np.ndarray, limits: Limits, period: float, at_lower: np.ndarray, at_upper: np.ndarray
-) -> list[str]:
-    """What made the bounds of the joints `at_lower` and `at_upper` (n,) bool, of LIMIT_NAMES; arguments as above."""
-    slowest, fastest, back, on = _bounds(q, v, limits, period)
-    lower_by = np.argmax([-limits.velocity, slowest, back], axis=0)
-    upper_by = np.argmin([limits.velocity, fastest, on], axis=0)
-    return [LIMIT_NAMES[k] for k in sorted({*lower_by[at_lower], *upper_by[at_upper]})]
-
-
-def _bounds(q: np.ndarray, v: np.ndarray, limits: Limits, period: float) -> tuple[np.ndarray, ...]:
-    """Least and largest velocity by acceleration, then by position, each (n,)."""
-    change = limits.acceleration * period
-    distance = np.array([q - limits.lower, limits.upper - q])
-    back, on = approach_speed(distance, limits.acceleration, period)
-    return v - change, v + change, -back, on
+    return VelocityBounds(np.minimum(lower, upper), upper, limits.velocity, slowest, fastest, back, on)

@@ -12,7 +12,7 @@ from vla_core.robot import Arm
 
 from vla_control.command import ArmCommand, CommandRefused
 from vla_control.ik import DifferentialIk
-from vla_control.limits import RETURN_SPEED, active_limits, approach_speed, braking_speed, velocity_bounds
+from vla_control.limits import RETURN_SPEED, approach_speed, braking_speed, velocity_bounds
 
 #: A bound counts as active within this of it, rad/s.
 _ACTIVE = 1e-9
@@ -59,6 +59,7 @@ class ArmMotion:
     def __init__(self, arm: Arm, kinematics: Kinematics, limits: MotionLimits, period: float):
         self.arm, self._kinematics, self._limits, self._period = arm, kinematics, limits, period
         self._ik = DifferentialIk(len(arm.joints), self._correction_rate)
+        self._led: tuple = None, None, np.zeros(6)
         self.start(np.array(arm.home, float), math.nan)
 
     def start(self, q: np.ndarray, gripper: float) -> None:
@@ -132,7 +133,8 @@ class ArmMotion:
         period, arm = self._period, self.arm
         left = self._end - now
         share = period / left if left > period else 1.0
-        lower, upper = velocity_bounds(self.q, self.v, arm.limits, period)
+        bounds = velocity_bounds(self.q, self.v, arm.limits, period)
+        lower, upper = bounds.lower, bounds.upper
         jacobian = self._kinematics.jacobian(arm.name, self.q)
         p, box = self.T[:3, 3], arm.workspace
         inward, outward = approach_speed(
@@ -156,7 +158,7 @@ class ArmMotion:
             names.append("workspace")
         at_lower, at_upper = velocity <= lower + _ACTIVE, velocity >= upper - _ACTIVE
         if (at_lower | at_upper).any():
-            names += active_limits(self.q, self.v, arm.limits, period, at_lower, at_upper)
+            names += bounds.made_by(at_lower, at_upper)
         self._advance(velocity)
         if self._joint_goal is None:
             names += self._limit_lead(now)
@@ -167,8 +169,8 @@ class ArmMotion:
     def brake(self) -> None:
         """One period of braking as hard as the acceleration limits allow; the goal stays where the command is."""
         if not self.still:
-            lower, upper = velocity_bounds(self.q, self.v, self.arm.limits, self._period)
-            self._advance(self._braked(lower, upper))
+            bounds = velocity_bounds(self.q, self.v, self.arm.limits, self._period)
+            self._advance(self._braked(bounds.lower, bounds.upper))
             self._aim_here()
         else:
             self._move_gripper()
@@ -274,13 +276,19 @@ class ArmMotion:
     def _within_lead(self, delta: np.ndarray, left: float) -> np.ndarray:
         """The delta (6,), or as much of it as the goal may lead. What the goal leads by already stays as it is: so an
         arm that is pushed where it cannot go does not forget the other axes."""
-        lead = se3.delta(self.T, self.goal)
+        lead = self._lead()
         moves, turns = self._most_lead(left)
         share = _share_within(lead[:3], delta[:3], moves), _share_within(lead[3:], delta[3:], turns)
         return delta if share == (1.0, 1.0) else np.repeat(share, 3) * delta
 
+    def _lead(self) -> np.ndarray:
+        """Change (6,) from the commanded tool to the goal; worked out once for each pair of them."""
+        if self._led[0] is not self.T or self._led[1] is not self.goal:
+            self._led = self.T, self.goal, se3.delta(self.T, self.goal)
+        return self._led[2]
+
     def _limit_lead(self, now: float) -> list[str]:
-        lead = se3.delta(self.T, self.goal)
+        lead = self._lead()
         moves, turns = self._most_lead(self._end - now)
         shares = min(1.0, moves / max(_length(lead[:3]), 1e-9)), min(1.0, turns / max(_length(lead[3:]), 1e-9))
         cut = min(shares) < 1.0 - 1e-9
