@@ -82,6 +82,16 @@ def test_strategy_given_by_argument_overrides_the_policy_description():
     assert "strategy:=naive" in executor({"strategy": "naive"})
 
 
+@pytest.mark.parametrize("name", ["sim.launch.yaml", "robot.launch.yaml"])
+def test_every_node_gets_the_dds_profile_unless_the_user_has_one(name, monkeypatch):
+    variable = "FASTDDS_DEFAULT_PROFILES_FILE"
+    monkeypatch.delenv(variable, raising=False)
+    found = {process.environment[variable] for process in load(LAUNCH / name, {})}
+    assert len(found) == 1 and Path(found.pop()).read_text() == (LAUNCH / "dds_profile.xml").read_text()
+    monkeypatch.setenv(variable, "/own.xml")
+    assert {process.environment[variable] for process in load(LAUNCH / name, {})} == {"/own.xml"}
+
+
 def test_a_policy_is_a_name_or_a_file_of_ones_own(tmp_path):
     def files(arguments):
         processes = load(LAUNCH / "sim.launch.yaml", arguments)
