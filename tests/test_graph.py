@@ -15,6 +15,7 @@ RUNNING, HOLDING = SafetyStatus.RUNNING, SafetyStatus.HOLDING
 
 def check_limits(statuses) -> None:
     """The commanded joints keep their limits of position, velocity and acceleration from period to period."""
+    statuses = list(statuses)  # a listener's grows meanwhile
     robot = load_robot("panda")
     limits, period = robot.arms[0].limits, 1.0 / robot.rates.control
     times = np.array([seconds(s.header.stamp) for s in statuses])
