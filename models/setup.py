@@ -19,9 +19,5 @@ setup(
     entry_points={
         'console_scripts': [
         ],
-        'vla_models.policies': [
-            'flow = vla_models.flow_policy:FlowPolicy',
-            'act = vla_models.act_policy:ActPolicy',
-        ],
     },
 )

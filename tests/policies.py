@@ -55,7 +55,7 @@ def write_policy(folder: Path, velocity: float = 0.0, **changes) -> Path:
         "action": Normalizer("mean_std", offset, scale),
     }
     torch.manual_seed(0)
-    policy = build(spec.recipe, spec, normalizers, NETWORK)
+    policy = build(spec.recipe, NETWORK, spec=spec, normalizers=normalizers)
     rng = np.random.default_rng(0)
     weights = {
         name: value.numpy() if value.any() else rng.normal(0, 0.05, value.shape).astype(np.float32)

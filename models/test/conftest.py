@@ -41,7 +41,7 @@ def make_policy(recipe: str, seed: int = 0, **changes):
         "state": Normalizer("mean_std", np.linspace(-0.1, 0.1, spec.state_dim), np.full(spec.state_dim, 0.5)),
         "action": Normalizer("mean_std", np.linspace(-0.05, 0.05, spec.action_dim), np.full(spec.action_dim, 0.2)),
     }
-    policy = build(recipe, spec, normalizers, TINY[recipe])
+    policy = build(recipe, TINY[recipe], spec=spec, normalizers=normalizers)
     with torch.no_grad():
         for parameter in policy.network.parameters():
             if not parameter.any():
@@ -90,7 +90,7 @@ def make_episodes(spec: PolicySpec, count: int = 6, ticks: int = 8, seed: int = 
         instruction = f"take the {'red' if take_red else 'blue'} cube"
         episodes.append(
             Episode(f"episode_{index}", instruction, {"scene": images}, state, anchor, targets.astype(np.float32),
-                    np.full(ticks, spec.horizon))
+                    np.full(ticks, spec.horizon), 0.1 * np.arange(ticks))
         )  # fmt: skip
     return episodes
 
@@ -147,7 +147,7 @@ def _exported(folder, spec, changes):
     normalizers = {name: Normalizer("mean_std", rng.normal(size=dim), rng.uniform(0.5, 2, dim))
                    for name, dim in (("state", spec.state_dim), ("action", spec.action_dim))}  # fmt: skip
     config = TINY[spec.recipe] | changes
-    network = build(spec.recipe, spec, normalizers, config).network
+    network = build(spec.recipe, config, spec=spec, normalizers=normalizers).network
     weights = {name: value.numpy() + rng.normal(0, 0.05, value.shape).astype(np.float32)
                for name, value in network.state_dict().items()}  # fmt: skip
     write_checkpoint(Checkpoint(spec, normalizers, config), folder)

@@ -108,9 +108,9 @@ def test_unknown_runtime_and_provider(saved):
 def test_recipes_are_found_and_packages_may_add_some(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    own = EntryPoint("mine", "vla_models.act_policy:ActPolicy", vla_models.ENTRY_POINTS)
+    own = EntryPoint("mine", "vla_models.recipes.act:ActPolicy", vla_models.ENTRY_POINTS)
     monkeypatch.setattr(vla_models, "entry_points", lambda group: [own])
-    assert vla_models.list_policies() == ["act", "flow", "mine"]
+    assert set(vla_models.list_policies()) == {*vla_models.RECIPES, "mine"}
     assert vla_models.policy_class("mine").__name__ == "ActPolicy"
 
 

@@ -162,7 +162,7 @@ def test_graphs_of_other_weights_are_refused(copy):
 def test_graphs_of_another_specification_are_refused(copy):
     text = (copy / "policy.json").read_text()
     (copy / "policy.json").write_text(text.replace('"horizon": 8', '"horizon": 9'))
-    with pytest.raises(CheckpointError, match=r"input 'x': expected shape \(1, 9, 7\), found \(1, 8, 7\)"):
+    with pytest.raises(CheckpointError, match=r"input 'x': expected shape \(1, 9, 7 or more\), found \(1, 8, 7\)"):
         load_onnx(copy)
 
 

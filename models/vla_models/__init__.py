@@ -1,8 +1,8 @@
 """The policy library: what a policy is, sampling, training, export and runtimes.
 
-Importing this package, and running exported policies on ONNX Runtime, needs no torch. Policies are found through the
-entry point group `vla_models.policies`: recipe name -> subclass of `vla_models.torch_policy.TorchPolicy`, so a package
-of a user's own adds one in its setup.py.
+Importing this package, and running exported policies on ONNX Runtime, needs no torch. The recipes of this package are
+listed in `RECIPES`; others are found through the entry point group `vla_models.policies` (recipe name -> subclass of
+`vla_models.torch_policy.TorchPolicy`), so a package of a user's own adds one in its setup.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 ENTRY_POINTS = "vla_models.policies"
-#: The recipes of this package, known even where its metadata is not installed.
-RECIPES = {"flow": "vla_models.flow_policy:FlowPolicy", "act": "vla_models.act_policy:ActPolicy"}
+#: The recipes of this package: name -> class.
+RECIPES = {
+    "act": "vla_models.recipes.act:ActPolicy",
+    "flow": "vla_models.recipes.flow:SmallFlowPolicy",
+}
 RUNTIMES = ("torch", "onnx")
 
 
@@ -33,11 +37,39 @@ def policy_class(recipe: str) -> type:
     return found[recipe].load()
 
 
+def recipe_name(kind: type) -> str:
+    """The name under which a recipe's class is registered; its module's when it is not."""
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, point in _recipes().items() if point.value == place), kind.__module__.rsplit(".")[-1])
+
+
 def build(
-    recipe: str, spec: Any, normalizers: Mapping[str, Any], config: Mapping[str, Any] | None = None, device: str = "cpu"
+    name: str,
+    config: str | Mapping[str, Any] = "tiny",
+    device: str = "cpu",
+    spec: Any = None,
+    normalizers: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A new policy with random weights. See `vla_models.torch_policy.TorchPolicy`."""
-    return policy_class(recipe)(spec, normalizers, config, device)
+    """A new policy with random weights (on the device "meta": without any).
+
+    config: "tiny", "paper", or settings of the recipe's network on top of its defaults. spec: a PolicySpec; by default
+    that of the preset (of "tiny" for settings), for a robot that has only numbers of joints. normalizers: {"state",
+    "action"}; by default they change nothing. Raises PolicyError for an unknown recipe, preset or setting.
+    """
+    kind = policy_class(name)
+    example, network = kind.preset(config) if isinstance(config, str) else (None, config)
+    spec = spec or example or kind.preset("tiny")[0]
+    return kind(spec, normalizers or identity_normalizers(spec), network, device)
+
+
+def identity_normalizers(spec: Any) -> dict[str, Any]:
+    """Normalisers of a specification that change nothing."""
+    import numpy as np
+
+    from vla_models.normalization import Normalizer
+
+    dims = {"state": spec.state_dim, "action": spec.action_dim}
+    return {name: Normalizer("mean_std", np.zeros(dim), np.ones(dim)) for name, dim in dims.items()}
 
 
 def load(
@@ -48,7 +80,7 @@ def load(
     steps: int | None = None,
     providers: Sequence[Any] | None = None,
 ) -> Any:
-    """The policy of a checkpoint folder.
+    """The policy of a checkpoint folder, or of a published checkpoint (a folder, or its name on the Hugging Face hub).
 
     runtime: "torch" or "onnx". provider: where it runs: "cpu", "cuda", and with onnx "tensorrt". threads: of one
     inference, 0: the runtime's choice. steps: integration steps, None: the checkpoint's own. providers: execution
@@ -65,9 +97,16 @@ def load(
         return load_onnx(path, provider=provider, threads=threads, steps=steps, providers=providers)
     from vla_models.torch_policy import load_torch
 
-    return load_torch(path, provider=provider, threads=threads, steps=steps)
+    folder = Path(path)
+    if not (folder / "policy.json").exists() and ((folder / "config.json").exists() or not folder.exists()):
+        from vla_models.published import find_checkpoint, load_published
+
+        folder = find_checkpoint(path)
+        if (folder / "config.json").exists() and not (folder / "policy.json").exists():
+            return load_published(folder, provider, steps)
+    return load_torch(folder, provider=provider, threads=threads, steps=steps)
 
 
 def _recipes() -> dict[str, EntryPoint]:
     own = {name: EntryPoint(name, value, ENTRY_POINTS) for name, value in RECIPES.items()}
-    return own | {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)} | own

@@ -32,7 +32,9 @@ class Dataset:
         self.processor = processor
         self.shift = shift
         self._ends = np.cumsum([len(episode) for episode in episodes])
-        self._tokens = np.stack([processor.tokenizer.encode(episode.instruction) for episode in episodes])
+        blank = np.zeros(processor.spec.state_dim)
+        self._reads_state = "{state}" in processor.spec.prompt
+        self._tokens = np.stack([processor.tokens(episode.instruction, blank) for episode in episodes])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -46,19 +48,25 @@ class Dataset:
         """Samples as arrays; images are shifted when `rng` is given.
 
         camera/<name> (B, h, w, 3) uint8; tokens (B, context) int64; state (B, state_dim) and actions (B, H, dim)
-        float32, normalised; padded (B, H) bool.
+        float32, normalised; padded (B, H) bool. With a history of T observations images and state have T after B.
         """
         places = [self._place(int(index)) for index in indices]
         pick = [(self.episodes[e], t) for e, t in places]
         out = {
-            f"camera/{name}": np.stack([self._picture(episode.images[name][t], rng) for episode, t in pick])
+            f"camera/{name}": np.stack([self._picture(self._seen(episode.images[name], episode, t), rng)
+                                        for episode, t in pick])  # fmt: skip
             for name in self.processor.spec.cameras
         }
         anchor = np.stack([episode.anchor[t] for episode, t in pick])
         targets = np.stack([episode.targets[t] for episode, t in pick]).astype(np.float64)
         valid = np.array([episode.valid[t] for episode, t in pick])
+        state = np.stack([self._seen(episode.state, episode, t) for episode, t in pick])
+        out["state"] = self.processor.state.normalize(state)
         out["tokens"] = self._tokens[[e for e, _ in places]]
-        out["state"] = self.processor.state.normalize(np.stack([episode.state[t] for episode, t in pick]))
+        if self._reads_state:
+            now = out["state"][:, -1] if self.processor.spec.history > 1 else out["state"]
+            out["tokens"] = np.stack([self.processor.tokens(episode.instruction, vector)
+                                      for (episode, _), vector in zip(pick, now, strict=True)])  # fmt: skip
         out["actions"] = self.processor.actions(targets, anchor)
         out["padded"] = np.arange(targets.shape[1]) >= valid[:, None]
         return out
@@ -67,13 +75,21 @@ class Dataset:
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return episode, index - int(self._ends[episode] - len(self.episodes[episode]))
 
+    def _seen(self, values: np.ndarray, episode: Episode, tick: int) -> np.ndarray:
+        """What was seen at a tick: values[tick], or with a history those of the ticks nearest to each time, stacked."""
+        spec = self.processor.spec
+        if spec.history == 1:
+            return values[tick]
+        wanted = episode.times[tick] - spec.period * np.arange(spec.history - 1, -1, -1)
+        return values[np.abs(episode.times - wanted[:, None]).argmin(1)]
+
     def _picture(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         if rng is None or self.shift == 0:
             return image
-        (dy, dx), (height, width) = rng.integers(-self.shift, self.shift + 1, 2), image.shape[:2]
+        (dy, dx), (height, width) = rng.integers(-self.shift, self.shift + 1, 2), image.shape[-3:-1]
         rows = np.clip(np.arange(height) + dy, 0, height - 1)
         columns = np.clip(np.arange(width) + dx, 0, width - 1)
-        return image[rows][:, columns]
+        return image[..., rows, :, :][..., columns, :]
 
 
 def split(episodes: Sequence[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:

@@ -29,7 +29,7 @@ from vla_models.policy import ArmState, PolicySpec
 from vla_models.preprocess import anchor_vector, resize_image, state_vector
 
 #: Raised with every change of what an episode holds, so that old caches are not taken for new ones.
-VERSION = 1
+VERSION = 2
 #: An image further than this from the tick is missing, s.
 LARGEST_SKEW = 0.1
 
@@ -44,6 +44,7 @@ class Episode:
 
     images: camera -> (T, h, w, 3) uint8 at the network's size. state (T, state_dim) and anchor (T, target_dim)
     float64, raw. targets (T, H, target_dim) float32, absolute. valid (T,): actions that lie inside the episode.
+    times (T,): s, rising.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Episode:
     anchor: np.ndarray
     targets: np.ndarray
     valid: np.ndarray
+    times: np.ndarray
 
     def __len__(self) -> int:
         return len(self.state)
@@ -91,7 +93,7 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
         raise DataError(f"bag {folder}: no time at which all of cameras, joints and safety status are there")
 
     frames = {
-        name: np.stack([_picture(track.nearest(t).value, spec.cameras[name]) for t in ticks])
+        name: np.stack([_picture(track.nearest(t).value, spec.cameras[name], spec.fit) for t in ticks])
         for name, track in images.items()
     }
     states = [{name: _arm_state(robot, kinematics, name, joints[name].sample(t)) for name in spec.arms} for t in ticks]
@@ -106,6 +108,7 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
             np.float32
         ),
         valid=(due <= last + 1e-9).sum(-1).astype(np.int32),
+        times=np.array(ticks),
     )
 
 
@@ -129,6 +132,7 @@ def fingerprint(folder: Path, spec: PolicySpec) -> str:
         spec.horizon,
         spec.period,
         spec.robot,
+        spec.fit,
     ]
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()
@@ -145,7 +149,7 @@ def cached_episode(folder: Path, cache: Path, spec: PolicySpec) -> Episode:
         draft.mkdir(parents=True)
         for name, frames in episode.images.items():
             np.save(draft / f"camera_{name}.npy", frames)
-        for name in ("state", "anchor", "targets", "valid"):
+        for name in ("state", "anchor", "targets", "valid", "times"):
             np.save(draft / f"{name}.npy", getattr(episode, name))
         (draft / "episode.json").write_text(json.dumps({"name": episode.name, "instruction": episode.instruction}))
         shutil.rmtree(place, ignore_errors=True)
@@ -155,7 +159,7 @@ def cached_episode(folder: Path, cache: Path, spec: PolicySpec) -> Episode:
         name=facts["name"],
         instruction=facts["instruction"],
         images={name: np.load(place / f"camera_{name}.npy", mmap_mode="r") for name in spec.cameras},
-        **{name: np.load(place / f"{name}.npy") for name in ("state", "anchor", "targets", "valid")},
+        **{name: np.load(place / f"{name}.npy") for name in ("state", "anchor", "targets", "valid", "times")},
     )
 
 
@@ -265,7 +269,7 @@ def _arm_state(robot: Robot, kinematics: Kinematics, name: str, values: np.ndarr
     return ArmState(values[:count], se3.matrix_to_pose(kinematics.forward(name, values[:count])), opening)
 
 
-def _picture(message: Any, size: tuple[int, int]) -> np.ndarray:
+def _picture(message: Any, size: tuple[int, int], fit: str = "stretch") -> np.ndarray:
     """sensor_msgs/Image (rgb8, bgr8) or CompressedImage -> (h, w, 3) uint8 RGB at `size`."""
     if hasattr(message, "format"):
         image = cv2.imdecode(np.asarray(message.data, np.uint8), cv2.IMREAD_COLOR)
@@ -273,7 +277,7 @@ def _picture(message: Any, size: tuple[int, int]) -> np.ndarray:
             raise DataError(
                 f"image: expected a compressed picture, found {len(message.data)} bytes of {message.format!r}"
             )
-        return resize_image(np.ascontiguousarray(image[..., ::-1]), size)
+        return resize_image(np.ascontiguousarray(image[..., ::-1]), size, fit)
     if message.encoding not in ("rgb8", "bgr8"):
         raise DataError(f"image: expected encoding rgb8 or bgr8, found {message.encoding!r}")
     rows = np.asarray(message.data, np.uint8).reshape(message.height, message.step)[:, : 3 * message.width]

@@ -43,14 +43,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_models.act_policy import ActPolicy
 from vla_models.checkpoint import WEIGHTS_FILE, write_atomically
-from vla_models.flow_policy import FlowPolicy, velocity_of
 from vla_models.policy import PolicyError
 from vla_models.runtime_onnx import FINGERPRINT_KEY, GRAPHS_FOLDER, Graph, ProviderOptions, graph_names
 from vla_models.safetensors_index import TensorPlace, fingerprint, index_tensors
 from vla_models.sampling import RtcGuidance
-from vla_models.torch_policy import TorchPolicy, load_torch
+from vla_models.torch_policy import FlowPolicy, Inputs, OnePassPolicy, TorchPolicy, load_torch, velocity_of
 
 TOLERANCE = 1e-5
 #: Initialisers below this many bytes that are no weight (shapes, scalars, axes) are folded freely.
@@ -122,23 +120,30 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
         return torch.randn(shape, generator=generator)
 
     cameras = [f"image_{camera}" for camera in spec.cameras]
-    example = {name: torch.rand(1, 3, *size, generator=generator)
+    time = (spec.history,) if spec.history > 1 else ()
+    example = {name: torch.rand(1, *time, 3, *size, generator=generator)
                for name, size in zip(cameras, spec.cameras.values(), strict=True)}
     words = torch.randint(1, max(len(spec.vocabulary), 2), (1, spec.context), generator=generator)
-    words[:, spec.context // 2 :] = 0
-    example["tokens"] = words if spec.vocabulary else torch.zeros_like(words)
-    example["state"] = normal(1, spec.state_dim)
-    if isinstance(policy, ActPolicy):
+    words[:, spec.context // 2 :] = spec.padding
+    example["tokens"] = words if spec.reads_instruction else torch.zeros_like(words)
+    example["state"] = normal(1, *time, spec.state_dim)
+    example["present"] = torch.ones(1, len(cameras), dtype=torch.bool)
+
+    def as_inputs(values: Mapping[str, Tensor]) -> Inputs:
+        images = tuple(values[name] for name in cameras)
+        return Inputs(images, values["tokens"], values["state"], values["present"])
+
+    if isinstance(policy, OnePassPolicy):
         def whole(**inputs: Tensor) -> tuple[Tensor, ...]:
-            return (network(tuple(inputs[name] for name in cameras), inputs["tokens"], inputs["state"]),)
+            return (network(as_inputs(inputs)),)
 
         return [GraphSource("policy", whole, example, ("actions",))]
     if not isinstance(policy, FlowPolicy):
         raise ExportError(f"recipe {spec.recipe!r}: no graphs are known for {type(policy).__name__}; expected "
-                          f"a subclass of FlowPolicy or ActPolicy")
+                          f"a subclass of FlowPolicy or OnePassPolicy")
 
     def encode(**inputs: Tensor) -> tuple[Tensor, ...]:
-        return (network.encode(tuple(inputs[name] for name in cameras), inputs["tokens"], inputs["state"]),)
+        return (network.encode(as_inputs(inputs)),)
 
     def velocity(context: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
         return (velocity_of(network, context)(x, tau),)
@@ -149,7 +154,7 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
 
     with torch.no_grad():
         (context,) = encode(**example)
-    chunk = (1, spec.horizon, spec.action_dim)
+    chunk = policy.noise_shape
     step = {"context": context, "x": normal(*chunk), "tau": torch.rand(1, 1, generator=generator)}
     wish = {"target": normal(*chunk), "weights": torch.linspace(1, 0, spec.horizon)}
     times = torch.where(torch.arange(spec.horizon) < spec.horizon // 3, 1.0, step["tau"])

@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +20,8 @@ from vla_core.actions import ActionSpace
 
 #: Ways in which a policy can be made to continue the running chunk.
 GUIDANCE = ("guided", "prefix")
+#: How an image of another shape becomes the network's: "stretch" it, or "pad" it with black above and below or beside.
+FITS = ("stretch", "pad")
 #: Contents of the state vector: "pose" is [position (3), 6D rotation (6), gripper] an arm, "joint" [q1..qn, gripper].
 STATES = ("pose", "joint")
 
@@ -41,8 +44,13 @@ class PolicySpec:
     horizon: actions in a chunk, H. period: time between two actions, s; action 0 is due at the observation's time.
     guidance: what `InferenceRequest.guidance` may ask for besides "".
     steps: integration steps of the sampler (1: the policy predicts in one pass).
-    vocabulary: words the policy knows, index 0 is padding; empty: the instruction is ignored.
-    context: most words of an instruction. prefix_limit: longest prefix seen in training, steps.
+    prefix_limit: longest prefix seen in training, steps.
+    tokenizer: how text becomes tokens: "words" (of `vocabulary`), "bytes", or a tokenizer.json beside the weights, by
+    its name (see vla_models.tokenizer). vocabulary: words the policy knows, index 0 is padding; empty: the instruction
+    is ignored. context: most tokens of a text. padding: token after its end. prompt: what is read, with {task} for
+    the instruction and {state} for the normalised state in 256 bins over [-1, 1].
+    history: observations a policy looks at, `period` apart, the newest last. fit: see FITS. optional: cameras that a
+    robot may lack; their images are then black, and marked as not there.
     temperature: scale of the noise that a sampler starts from. 1: samples of what was demonstrated. 0: near the mean,
     and deterministic; more exact where there is one way to do the task, wrong where there are several.
     """
@@ -63,12 +71,18 @@ class PolicySpec:
     prefix_limit: int = 0
     robot: str = ""
     temperature: float = 1.0
+    tokenizer: str = "words"
+    padding: int = 0
+    prompt: str = "{task}"
+    history: int = 1
+    fit: str = "stretch"
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "cameras", MappingProxyType({k: (int(h), int(w)) for k, (h, w) in self.cameras.items()}))
         set_(self, "joints", MappingProxyType({k: tuple(v) for k, v in self.joints.items()}))
-        for name in ("arms", "guidance", "vocabulary"):
+        for name in ("arms", "guidance", "vocabulary", "optional"):
             set_(self, name, tuple(getattr(self, name)))
         if self.state not in STATES:
             raise PolicyError(f"policy {self.name}: state must be one of {STATES}, found {self.state!r}")
@@ -78,18 +92,33 @@ class PolicySpec:
             raise PolicyError(
                 f"policy {self.name}: arms {self.arms} differ from its action space's {tuple(self.action_space.arms)}"
             )
-        if self.horizon < 1 or not self.period > 0 or self.steps < 1:
+        if self.horizon < 1 or not self.period > 0 or self.steps < 1 or self.history < 1:
             raise PolicyError(
-                f"policy {self.name}: horizon, period and steps must be positive, found "
-                f"{self.horizon}, {self.period}, {self.steps}"
+                f"policy {self.name}: horizon, period, steps and history must be positive, found "
+                f"{self.horizon}, {self.period}, {self.steps}, {self.history}"
             )
+        if self.fit not in FITS:
+            raise PolicyError(f"policy {self.name}: fit must be one of {FITS}, found {self.fit!r}")
+        if unknown := set(self.optional) - set(self.cameras):
+            raise PolicyError(f"policy {self.name}: optional: expected cameras of the policy, found {sorted(unknown)}")
+        try:
+            self.prompt.format(task="", state="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise PolicyError(f"policy {self.name}: prompt: expected {{task}} and {{state}}, found {error}") from error
         if not 0 <= self.temperature < float("inf"):
             raise PolicyError(f"policy {self.name}: temperature must be 0 or more, found {self.temperature}")
 
     @property
+    def reads_instruction(self) -> bool:
+        """Whether the instruction changes what the policy does."""
+        return bool(self.vocabulary) if self.tokenizer == "words" else "{task}" in self.prompt
+
+    @property
     def example_instruction(self) -> str:
         """Words that the policy certainly knows, for warming up; empty when it ignores the instruction."""
-        return " ".join(self.vocabulary[1 : 1 + min(4, self.context)])
+        if self.tokenizer == "words":
+            return " ".join(self.vocabulary[1 : 1 + min(4, self.context)])
+        return "pick" if self.reads_instruction else ""
 
     @property
     def state_dim(self) -> int:
@@ -128,6 +157,26 @@ class PolicySpec:
         return cls(**{**values, "action_space": ActionSpace.from_dict(values["action_space"])})
 
 
+def example_spec(
+    recipe: str,
+    arms: Mapping[str, int] = MappingProxyType({"arm": 7}),
+    cameras: Mapping[str, tuple[int, int]] = MappingProxyType({"scene": (224, 224)}),
+    **fields_: Any,
+) -> PolicySpec:
+    """A specification for a robot that has only numbers of joints, to build a network before there is a robot.
+
+    arms: arm -> joints. Further arguments are fields of PolicySpec; by default absolute joint targets and the joint
+    state, 16 actions 0.05 s apart.
+    """
+    names = {arm: tuple(f"{arm}_joint{k + 1}" for k in range(count)) for arm, count in arms.items()}
+    values = {
+        "name": recipe, "recipe": recipe, "cameras": cameras, "arms": tuple(arms), "state": "joint",
+        "action_space": ActionSpace(tuple(arms), "joint", tuple(arms.values())), "horizon": 16, "period": 0.05,
+        "joints": names,
+    }  # fmt: skip
+    return PolicySpec(**(values | fields_))
+
+
 @dataclass(frozen=True)
 class ArmState:
     """What one arm measured: joints (n,) rad (m); tool pose (7,) [x y z qx qy qz qw], base frame; opening 0 to 1."""
@@ -142,12 +191,15 @@ class PolicyObservation:
     """Everything a policy sees at one reference time.
 
     images: camera -> (H, W, 3) uint8 RGB, any size. state: arm -> ArmState. time: s of the ROS clock.
+    history: earlier observations, oldest first, for policies that look at more than one (PolicySpec.history); what is
+    missing at the start of an episode repeats the oldest there is.
     """
 
     images: Mapping[str, np.ndarray]
     state: Mapping[str, ArmState]
     instruction: str = ""
     time: float = 0.0
+    history: tuple[PolicyObservation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,12 +236,15 @@ class ModelInputs:
     """Batched inputs of a network, the same arrays in every runtime.
 
     images: one (B, 3, h, w) float32 in [0, 1] for each camera, in the order of `PolicySpec.cameras`.
-    tokens: (B, context) int64 word indices, 0 padded. state: (B, state_dim) float32, normalised.
+    tokens: (B, context) int64, padded with PolicySpec.padding. state: (B, state_dim) float32, normalised.
+    present: (B, cameras) bool, false for a camera that is not there. With a history of T observations images are
+    (B, T, 3, h, w) and state is (B, T, state_dim).
     """
 
     images: tuple[np.ndarray, ...]
     tokens: np.ndarray
     state: np.ndarray
+    present: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -211,11 +266,12 @@ class ChunkPrefix:
 class Policy(ABC):
     """A policy on some runtime. Not thread-safe: one inference at a time."""
 
-    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Any]):
+    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Any], folder: Path | None = None):
+        """folder: of the checkpoint, where a tokenizer.json lies."""
         from vla_models.preprocess import Processor
 
         self.spec = spec
-        self.processor = Processor(spec, normalizers)
+        self.processor = Processor(spec, normalizers, folder)
 
     @property
     def runtime(self) -> str:
@@ -227,14 +283,19 @@ class Policy(ABC):
         """Where it runs: cpu, cuda, CPUExecutionProvider, ..."""
         return ""
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that `run` takes: (1, H, W), W numbers an action inside the network (>= action_dim)."""
+        return (1, self.spec.horizon, self.spec.action_dim)
+
     @abstractmethod
     def run(
         self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
     ) -> np.ndarray:
-        """Normalised actions (1, H, dim) float32 from one batch of one.
+        """Normalised actions (1, H, W) float32 from one batch of one; numbers beyond action_dim are dropped.
 
-        noise: (1, H, dim) float32, normal with deviation `PolicySpec.temperature` (ignored by policies that predict in
-        one pass). Writes the wall time of its own stages ("encode", "sample") into `timings`, s.
+        noise: `noise_shape` float32, normal with deviation `PolicySpec.temperature` (ignored by policies that predict
+        in one pass). prefix: its target is as wide as the network's actions, filled up with zeros. Writes the wall time of its own stages ("encode", "sample") into `timings`, s.
         """
 
     def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
@@ -246,11 +307,11 @@ class Policy(ABC):
         request = request or InferenceRequest()
         start = time.perf_counter()
         inputs, anchor = self.processor.inputs(observation)
-        prefix = self.processor.prefix(request, anchor)
-        shape = (1, self.spec.horizon, self.spec.action_dim)
-        noise = (self.spec.temperature * np.random.default_rng(request.seed).standard_normal(shape)).astype(np.float32)
+        prefix = self.processor.prefix(request, anchor, self.noise_shape[-1])
+        normal = np.random.default_rng(request.seed).standard_normal(self.noise_shape)
+        noise = (self.spec.temperature * normal).astype(np.float32)
         timings = {"preprocess": time.perf_counter() - start}
-        actions = self.run(inputs, noise, prefix, timings)
+        actions = self.run(inputs, noise, prefix, timings)[..., : self.spec.action_dim]
         decode = time.perf_counter()
         if not np.all(np.isfinite(actions)):
             raise PolicyError(f"policy {self.spec.name}: the network's output is not finite")

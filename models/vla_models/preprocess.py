@@ -7,6 +7,7 @@ exactly what it saw in training.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,15 +23,22 @@ from vla_models.policy import (
     PolicyObservation,
     PolicySpec,
 )
-from vla_models.tokenizer import Tokenizer
+from vla_models.tokenizer import make_tokenizer
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8 at `size` = (height, width), by pixel area."""
+def resize_image(image: np.ndarray, size: tuple[int, int], fit: str = "stretch") -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8 at `size` = (height, width), by pixel area. fit: PolicySpec.fit."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise PolicyError(f"image: expected (H, W, 3) uint8, found {image.shape} {image.dtype}")
     if image.shape[:2] == tuple(size):
         return np.ascontiguousarray(image)
+    if fit == "pad":
+        scale = max(image.shape[0] / size[0], image.shape[1] / size[1])
+        height, width = max(1, int(image.shape[0] / scale)), max(1, int(image.shape[1] / scale))
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        out = np.zeros((*size, 3), np.uint8)
+        out[top : top + height, left : left + width] = resize_image(image, (height, width))
+        return out
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
 
 
@@ -66,13 +74,16 @@ def anchor_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray
 
 
 class Processor:
-    """Everything around the network of one policy. normalizers: {"state": Normalizer, "action": Normalizer}."""
+    """Everything around the network of one policy.
 
-    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Normalizer]):
+    normalizers: {"state": Normalizer, "action": Normalizer}. folder: of the checkpoint, where a tokenizer.json lies.
+    """
+
+    def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Normalizer], folder: Path | None = None):
         self.spec = spec
         self.state: Normalizer = normalizers["state"]
         self.action: Normalizer = normalizers["action"]
-        self.tokenizer = Tokenizer(spec.vocabulary, spec.context)
+        self.tokenizer = make_tokenizer(spec.tokenizer, spec.vocabulary, spec.context, spec.padding, folder)
         for name, normalizer, dim in (("state", self.state, spec.state_dim), ("action", self.action, spec.action_dim)):
             if normalizer.offset.shape[-1] != dim:
                 raise PolicyError(
@@ -82,17 +93,35 @@ class Processor:
 
     def inputs(self, observation: PolicyObservation) -> tuple[ModelInputs, np.ndarray]:
         """Inputs for a batch of one, and the anchor (target_dim,)."""
+        spec = self.spec
+        frames = (*observation.history, observation)[-spec.history :]
+        frames = (*[frames[0]] * (spec.history - len(frames)), *frames)
+        present = [camera in observation.images or camera not in spec.optional for camera in spec.cameras]
         images = []
-        for camera, size in self.spec.cameras.items():
-            if camera not in observation.images:
-                raise PolicyError(
-                    f"policy {self.spec.name}: observation: expected camera {camera!r}, found "
-                    f"{sorted(observation.images)}"
-                )
-            images.append(image_tensor(resize_image(observation.images[camera], size)[None]))
-        state = self.state.normalize(state_vector(self.spec, observation.state))[None]
-        tokens = self.tokenizer.encode(observation.instruction)[None]
-        return ModelInputs(tuple(images), tokens, state), anchor_vector(self.spec, observation.state)
+        for (camera, size), there in zip(spec.cameras.items(), present, strict=True):
+            pictures = [self._picture(frame, camera, size) if there else np.zeros((*size, 3), np.uint8)
+                        for frame in frames]  # fmt: skip
+            images.append(image_tensor(np.stack(pictures if spec.history > 1 else pictures[0][None])))
+        states = self.state.normalize(np.stack([state_vector(spec, frame.state) for frame in frames]))
+        tokens = self.tokens(observation.instruction, states[-1])[None]
+        if spec.history > 1:
+            images, states = [image[None] for image in images], states[None]
+        return ModelInputs(tuple(images), tokens, states, np.array([present])), anchor_vector(spec, observation.state)
+
+    def tokens(self, instruction: str, state: np.ndarray) -> np.ndarray:
+        """(context,) int64 of the prompt. state: (state_dim,), normalised."""
+        prompt = self.spec.prompt
+        if "{state}" not in prompt:
+            return self.tokenizer.encode(prompt.format(task=instruction, state=""))
+        bins = np.clip(np.floor((state + 1.0) * 128.0), -1, 255).astype(int)
+        return self.tokenizer.encode(prompt.format(task=instruction, state=" ".join(map(str, bins))))
+
+    def _picture(self, frame: PolicyObservation, camera: str, size: tuple[int, int]) -> np.ndarray:
+        if camera not in frame.images:
+            raise PolicyError(
+                f"policy {self.spec.name}: observation: expected camera {camera!r}, found {sorted(frame.images)}"
+            )
+        return resize_image(frame.images[camera], size, self.spec.fit)
 
     def actions(self, targets: np.ndarray, anchor: np.ndarray) -> np.ndarray:
         """Absolute targets (..., H, target_dim) -> normalised actions (..., H, dim) float32 relative to `anchor`."""
@@ -102,8 +131,13 @@ class Processor:
         """Normalised actions (H, dim) -> absolute targets (H, target_dim), float64; quaternions of unit length."""
         return self.spec.action_space.decode(self.action.denormalize(actions), anchor)
 
-    def prefix(self, request: InferenceRequest, anchor: np.ndarray) -> ChunkPrefix | None:
-        """The remainder of the running chunk as the sampler takes it; None when the request asks for no guidance."""
+    def prefix(
+        self, request: InferenceRequest, anchor: np.ndarray, width: int | None = None
+    ) -> ChunkPrefix | None:
+        """The remainder of the running chunk as the sampler takes it; None when the request asks for no guidance.
+
+        width: numbers an action inside the network; beyond those of the action space the target is 0, as in training.
+        """
         if not request.guidance or request.remainder is None or len(request.remainder) == 0:
             return None
         spec = self.spec
@@ -120,6 +154,7 @@ class Processor:
         length = len(remainder)
         padded = np.concatenate([remainder, np.repeat(remainder[-1:], spec.horizon - length, axis=0)])
         target = self.actions(padded, anchor)[None]
+        target = np.pad(target, ((0, 0), (0, 0), (0, (width or spec.action_dim) - spec.action_dim)))
         weights = np.zeros(spec.horizon, np.float32)
         if request.guidance == "guided":
             from vla_execution.rtc import prefix_weights

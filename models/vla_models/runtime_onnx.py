@@ -144,7 +144,7 @@ class OnnxPolicy(Policy):
     """A policy's exported graphs. See `load_onnx`."""
 
     def __init__(self, checkpoint: Checkpoint, graphs: Mapping[str, Graph], steps: int | None = None):
-        super().__init__(checkpoint.spec, checkpoint.normalizers)
+        super().__init__(checkpoint.spec, checkpoint.normalizers, checkpoint.folder)
         self.graphs = dict(graphs)
         self.steps = steps or checkpoint.spec.steps
 
@@ -156,12 +156,18 @@ class OnnxPolicy(Policy):
     def provider(self) -> str:
         return next(iter(self.graphs.values())).provider
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        if "velocity" in self.graphs:
+            return self.graphs["velocity"].inputs["x"]
+        return super().noise_shape
+
     def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
             timings: dict[str, float]) -> np.ndarray:
         start = time.perf_counter()
         values = {f"image_{camera}": image
                   for camera, image in zip(self.spec.cameras, inputs.images, strict=True)}
-        values |= {"tokens": inputs.tokens, "state": inputs.state}
+        values |= {"tokens": inputs.tokens, "state": inputs.state, "present": inputs.present}
         if "policy" in self.graphs:
             (actions,) = self.graphs["policy"](values)
             timings["sample"] = time.perf_counter() - start
@@ -176,9 +182,11 @@ class OnnxPolicy(Policy):
     def warm_up(self) -> None:
         """Run each graph once on zeros: kernels, engines and memory are there for the first inference."""
         spec = self.spec
-        inputs = ModelInputs(tuple(np.zeros((1, 3, *size), np.float32) for size in spec.cameras.values()),
-                             np.zeros((1, spec.context), np.int64), np.zeros((1, spec.state_dim), np.float32))
-        noise = np.zeros((1, spec.horizon, spec.action_dim), np.float32)
+        time = (spec.history,) if spec.history > 1 else ()
+        inputs = ModelInputs(tuple(np.zeros((1, *time, 3, *size), np.float32) for size in spec.cameras.values()),
+                             np.zeros((1, spec.context), np.int64),
+                             np.zeros((1, *time, spec.state_dim), np.float32), np.ones((1, len(spec.cameras)), bool))
+        noise = np.zeros(self.noise_shape, np.float32)
         for mode in ("", *spec.guidance):
             prefix = ChunkPrefix(mode, noise, noise[0, :, 0], np.zeros(noise.shape[:2], bool), 1.0)
             self.run(inputs, noise, prefix if mode else None, {})
@@ -252,10 +260,12 @@ def _check(graph: Graph, file: Path, spec: PolicySpec, mark: str) -> None:
     if graph.metadata.get(FINGERPRINT_KEY) != mark:
         raise CheckpointError(f"{file}: was exported from other weights than those in {WEIGHTS_FILE}; export "
                               f"again with: python -m vla_models.export {file.parent.parent}")
-    chunk = (1, spec.horizon, spec.action_dim)
-    expected = {f"image_{camera}": (1, 3, *size) for camera, size in spec.cameras.items()}
-    expected |= {"tokens": (1, spec.context), "state": (1, spec.state_dim), "x": chunk, "target": chunk,
-                 "weights": (spec.horizon,)}
+    time = (spec.history,) if spec.history > 1 else ()
+    expected = {f"image_{camera}": (1, *time, 3, *size) for camera, size in spec.cameras.items()}
+    expected |= {"tokens": (1, spec.context), "state": (1, *time, spec.state_dim), "weights": (spec.horizon,)}
     for name, shape in graph.inputs.items():
+        if name in ("x", "target") and (shape[:2] != (1, spec.horizon) or shape[2] < spec.action_dim):
+            raise CheckpointError(f"{file}: input {name!r}: expected shape (1, {spec.horizon}, {spec.action_dim} or "
+                                  f"more), found {shape}")
         if name in expected and shape != expected[name]:
             raise CheckpointError(f"{file}: input {name!r}: expected shape {expected[name]}, found {shape}")

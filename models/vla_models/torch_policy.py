@@ -1,45 +1,88 @@
-"""What policies that run on torch share: the network, its device, how inputs become tensors."""
+"""What policies that run on torch share: the network, its device, how inputs become tensors, how a head is sampled.
+
+A recipe is a subclass of the class that fits its head: `OnePassPolicy` (the network gives the actions at once) or
+`FlowPolicy` (it gives a velocity that is integrated). It names its network and what is particular to the system.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_models import policy_class
+from vla_models import policy_class, recipe_name
 from vla_models.checkpoint import WEIGHTS_FILE, read_checkpoint, read_tensors
 from vla_models.normalization import Normalizer
-from vla_models.policy import CheckpointError, ModelInputs, Policy, PolicyError, PolicySpec
+from vla_models.policy import (
+    CheckpointError,
+    ChunkPrefix,
+    ModelInputs,
+    Policy,
+    PolicyError,
+    PolicySpec,
+    example_spec,
+)
+from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
 
 
-class Batch(NamedTuple):
-    """Training samples on the network's device.
+class Inputs(NamedTuple):
+    """`vla_models.policy.ModelInputs` as tensors on the network's device: what a network looks at.
 
-    images: one (B, 3, h, w) float32 in [0, 1] a camera; tokens (B, context) int64; state (B, state_dim) and actions
-    (B, H, dim) float32, normalised; padded (B, H) bool, actions past the end of the episode (the last one held).
+    images: one (B, 3, h, w) float32 in [0, 1] a camera; tokens (B, context) int64; state (B, state_dim) float32,
+    normalised; present (B, cameras) bool. With a history of T observations images and state have T after the batch.
     """
 
     images: tuple[Tensor, ...]
     tokens: Tensor
     state: Tensor
+    present: Tensor
+
+
+class Batch(NamedTuple):
+    """Training samples on the network's device.
+
+    actions (B, H, dim) float32, normalised; padded (B, H) bool, actions past the end of the episode (the last one
+    held).
+    """
+
+    inputs: Inputs
     actions: Tensor
     padded: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named configuration of a recipe: its network's settings, and arguments of `example_spec`."""
+
+    network: Any
+    spec: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class TorchPolicy(Policy):
     """A policy whose network is a torch module.
 
-    A recipe subclasses it, names its configuration (frozen dataclass) `Config`, its module `Network(spec, config)`
-    with `loss(batch, generator) -> {"loss": scalar, ...}`, the kinds of normalisation it wants, and writes `run`.
+    A recipe names its configuration (frozen dataclass) `Config`, its module `Network(spec, config)` with
+    `loss(batch, generator) -> {"loss": scalar, ...}`, the kinds of normalisation it wants, and its presets: "paper" is
+    the published size, "tiny" one for a test in a second.
     """
 
     Config: ClassVar[type]
     Network: ClassVar[type[nn.Module]]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    #: Published number of parameters of the preset "paper", None where none is published.
+    parameters: ClassVar[float | None] = None
     normalization: ClassVar[Mapping[str, str]] = {"state": "mean_std", "action": "mean_std"}
+    #: Fields of the specification that belong to the system, whatever the robot.
+    contract: ClassVar[Mapping[str, Any]] = {}
+    #: From published names of tensors to those of the network; see vla_models.published.
+    published: ClassVar[tuple[Any, ...]] = ()
     #: Settings of training that differ from those of vla_models.train.TrainConfig.
     training: ClassVar[Mapping[str, Any]] = {}
 
@@ -47,15 +90,42 @@ class TorchPolicy(Policy):
         self,
         spec: PolicySpec,
         normalizers: Mapping[str, Normalizer],
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | Any = None,
         device: str = "cpu",
         steps: int | None = None,
+        folder: Path | None = None,
     ):
-        super().__init__(spec, normalizers)
-        self.config = make_config(self.Config, config or {})
+        super().__init__(spec, normalizers, folder)
+        self.config = config if isinstance(config, self.Config) else make_config(self.Config, config or {})
         self.device = torch.device(device)
         self.steps = steps or spec.steps
-        self.network = self.Network(spec, self.config).to(self.device).eval()
+        with self.device if self.device.type == "meta" else torch.device("cpu"):
+            self.network = self.Network(spec, self.config)
+        self.network = self.network.to(self.device).eval()
+
+    @classmethod
+    def preset(cls, name: str) -> tuple[PolicySpec, Any]:
+        """Specification and configuration of a preset. Raises PolicyError when there is none of that name."""
+        if name not in cls.presets:
+            raise PolicyError(f"config: expected one of {sorted(cls.presets)} or a mapping, found {name!r}")
+        preset = cls.presets[name]
+        return example_spec(cls.name(), **{**cls.contract, **preset.spec}), preset.network
+
+    @classmethod
+    def read_published(
+        cls, folder: Path, config: Mapping[str, Any], files: Any
+    ) -> tuple[PolicySpec, Any, dict[str, Normalizer]]:
+        """Specification, network settings and normalisers of a published checkpoint (vla_models.published).
+
+        folder: where it lies; config: its config.json; files: its TensorFiles, for shapes and statistics that lie
+        there. Raises CheckpointError.
+        """
+        raise CheckpointError(f"{folder}: recipe {cls.name()!r} reads no published checkpoints")
+
+    @classmethod
+    def name(cls) -> str:
+        """The recipe's name: that under which it is registered."""
+        return recipe_name(cls)
 
     @property
     def runtime(self) -> str:
@@ -65,10 +135,82 @@ class TorchPolicy(Policy):
     def provider(self) -> str:
         return self.device.type
 
-    def tensors(self, inputs: ModelInputs) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        """Images, tokens and state on the network's device."""
-        images = tuple(torch.from_numpy(image).to(self.device) for image in inputs.images)
-        return images, torch.from_numpy(inputs.tokens).to(self.device), torch.from_numpy(inputs.state).to(self.device)
+    def tensors(self, inputs: ModelInputs) -> Inputs:
+        """Inputs on the network's device."""
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self.device)
+
+        images = tuple(tensor(image) for image in inputs.images)
+        return Inputs(images, tensor(inputs.tokens), tensor(inputs.state), tensor(inputs.present))
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Losses of a batch on the network's device; "loss" is the one to minimise. generator: of noise and times."""
+        return self.network.loss(batch, generator or torch.Generator().manual_seed(0))
+
+
+class OnePassPolicy(TorchPolicy):
+    """A policy whose network is a function of its inputs: `Network(inputs) -> (B, H, W)` normalised actions."""
+
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
+        start = time.perf_counter()
+        with torch.no_grad():
+            actions = self.network(self.tensors(inputs)).float().cpu().numpy()
+        timings["sample"] = time.perf_counter() - start
+        return actions
+
+
+class FlowPolicy(TorchPolicy):
+    """A policy that integrates a velocity from noise (tau = 0) to actions (tau = 1).
+
+    Its network has `encode(inputs) -> context`, run once for a chunk (a tensor, or a tuple of tensors), and
+    `velocity(context, x, tau) -> (B, H, W)`, x (B, H, W), tau (B, 1) or (B, H); and `width`, that W, where it is not the
+    action space's.
+    """
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (1, self.spec.horizon, getattr(self.network, "width", self.spec.action_dim))
+
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
+        start = time.perf_counter()
+        with torch.no_grad():
+            context = self.network.encode(self.tensors(inputs))
+            encoded = time.perf_counter()
+            sample = sample_flow(
+                velocity_of(self.network, context),
+                torch.from_numpy(noise).to(self.device),
+                self.steps,
+                guidance_of(prefix),
+            )
+        actions = sample.float().cpu().numpy()
+        timings["encode"] = encoded - start
+        timings["sample"] = time.perf_counter() - encoded
+        return actions
+
+
+def velocity_of(network: Any, context: Any):
+    """The network of a FlowPolicy as the sampler wants it: velocity(x, tau), tau a float or a tensor (B, H)."""
+
+    def velocity(x: Tensor, tau) -> Tensor:
+        if not isinstance(tau, Tensor):
+            tau = torch.full((x.shape[0], 1), float(tau), dtype=x.dtype, device=x.device)
+        return network.velocity(context, x, tau)
+
+    return velocity
+
+
+def guidance_of(prefix: ChunkPrefix | None) -> Guidance | None:
+    """The sampler's guidance for what a request left."""
+    if prefix is None:
+        return None
+    if prefix.mode == "prefix":
+        return PrefixGuidance(prefix.target, prefix.known)
+    return RtcGuidance(prefix.target, prefix.weights, prefix.beta)
 
 
 def make_config(kind: type, values: Mapping[str, Any]) -> Any:
@@ -92,7 +234,7 @@ def load_torch(
         torch.set_num_threads(threads)
     try:
         policy = policy_class(checkpoint.spec.recipe)(
-            checkpoint.spec, checkpoint.normalizers, checkpoint.config, provider, steps
+            checkpoint.spec, checkpoint.normalizers, checkpoint.config, provider, steps, checkpoint.folder
         )
     except (PolicyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error

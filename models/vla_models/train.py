@@ -49,7 +49,7 @@ from vla_models.checkpoint import (
 from vla_models.data import Dataset, fit_normalizers, split, vocabulary
 from vla_models.episodes import Episode, load_episodes
 from vla_models.policy import CheckpointError, PolicyError, PolicySpec
-from vla_models.torch_policy import Batch, TorchPolicy
+from vla_models.torch_policy import Batch, Inputs, TorchPolicy
 
 STATE_FILE = "train_state.safetensors"
 LOG_FILE = "training.jsonl"
@@ -105,6 +105,7 @@ class TrainConfig:
 def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
     """The policy's specification (still without a vocabulary) for the robot that `config` names."""
     robot = load_robot(config.robot)
+    kept = {k: v for k, v in policy_class(recipe).contract.items() if k not in TrainConfig.__dataclass_fields__}
     arms = tuple(arm.name for arm in robot.arms)
     cameras = config.cameras or {c.name: (96, round(96 * c.width / c.height)) for c in robot.cameras}
     for camera in cameras:
@@ -129,6 +130,7 @@ def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
         prefix_limit=config.prefix_limit,
         temperature=config.temperature,
         robot=config.robot,
+        **kept,
     )
 
 
@@ -198,10 +200,12 @@ class Trainer:
         images = []
         for name in self.policy.spec.cameras:
             image = torch.from_numpy(np.ascontiguousarray(arrays[f"camera/{name}"])).to(self.device)
-            image = image.permute(0, 3, 1, 2).float() / 255.0
+            image = image.movedim(-1, -3).float() / 255.0
             images.append(image if generator is None else jitter(image, self.config.jitter, generator))
         rest = (torch.from_numpy(arrays[name]).to(self.device) for name in ("tokens", "state", "actions", "padded"))
-        return Batch(tuple(images), *rest)
+        tokens, state, actions, padded = rest
+        present = torch.ones(len(state), len(images), dtype=torch.bool, device=self.device)
+        return Batch(Inputs(tuple(images), tokens, state, present), actions, padded)
 
     def save(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Write the checkpoint and the training's state, each file atomically."""
@@ -239,14 +243,16 @@ class Trainer:
 
 
 def jitter(image: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """(B, 3, h, w) in [0, 1]: brightness, contrast and the balance of the colours changed, another way each sample."""
+    """(B, [T,] 3, h, w) in [0, 1]: brightness, contrast, balance of the colours changed, another way each sample."""
     if amount <= 0:
         return image
-    count = len(image)
-    draw = (2 * torch.rand(count, 5, 1, 1, generator=generator) - 1).to(image.device) * amount
-    mean = image.mean((1, 2, 3), keepdim=True)
-    gain = (1 + draw[:, :1]) * (1 + 0.3 * draw[:, 1:4])
-    return torch.clamp(image * gain + draw[:, 4:] * (image.new_tensor(0.5) - mean), 0.0, 1.0)
+    draw = (2 * torch.rand(len(image), 5, 1, 1, generator=generator) - 1).to(image.device) * amount
+    mean = image.flatten(1).mean(1).reshape(-1, *[1] * (image.ndim - 1))
+    if image.ndim == 5:  # all observations of a sample alike
+        draw = draw.unsqueeze(1)
+    brightness, colours, contrast = draw.split([1, 3, 1], -3)
+    gain = (1 + brightness) * (1 + 0.3 * colours)
+    return torch.clamp(image * gain + contrast * (image.new_tensor(0.5) - mean), 0.0, 1.0)
 
 
 def train(
@@ -277,10 +283,11 @@ def train(
         _check_resumed(saved, spec, recipe)
         spec, normalizers = saved.spec, saved.normalizers
     else:
-        spec = dataclasses.replace(spec, vocabulary=vocabulary(episodes))
+        if spec.tokenizer == "words":
+            spec = dataclasses.replace(spec, vocabulary=vocabulary(episodes))
         normalizers = fit_normalizers(training, spec, kinds)
     torch.manual_seed(seed)
-    policy = build(recipe, spec, normalizers, config.network, device)
+    policy = build(recipe, config.network, device, spec, normalizers)
     train_set = Dataset(training, policy.processor, config.shift)
     trainer = Trainer(policy, train_set, Dataset(held, policy.processor) if held else None, config, seed)
     if resume:
@@ -396,7 +403,8 @@ def plot(folder: Path) -> None:
 def make_train_config(recipe: str, values: Mapping[str, Any]) -> TrainConfig:
     """The recipe's defaults with `values` on top. Raises PolicyError for unknown settings and for wrong types."""
     kind = policy_class(recipe)
-    settings = _typed_fields(TrainConfig, {**kind.training, **values})
+    contract = {k: v for k, v in kind.contract.items() if k in TrainConfig.__dataclass_fields__}
+    settings = _typed_fields(TrainConfig, {**contract, **kind.training, **values})
     network = _typed_fields(kind.Config, settings.get("network", {}), "network.")
     return TrainConfig(**(settings | {"network": network}))
 

@@ -69,7 +69,7 @@ def write_stand_in(spec: PolicySpec, folder: Path) -> None:
     torch.manual_seed(0)
     normalizers = {name: Normalizer("mean_std", np.zeros(dim), np.ones(dim))
                    for name, dim in (("state", spec.state_dim), ("action", spec.action_dim))}  # fmt: skip
-    policy = vla_models.build(spec.recipe, spec, normalizers)
+    policy = vla_models.build(spec.recipe, {}, spec=spec, normalizers=normalizers)
     generator = np.random.default_rng(0)
     weights = {name: value.numpy() if value.any() else generator.normal(0, 0.05, value.shape).astype(np.float32)
                for name, value in policy.network.state_dict().items()}  # fmt: skip
@@ -95,7 +95,8 @@ def make_inputs(spec: PolicySpec, seed: int = 0) -> tuple[ModelInputs, np.ndarra
     weights = np.linspace(1, 0, spec.horizon, dtype=np.float32)
     known = np.arange(spec.horizon)[None] < min(4, spec.prefix_limit)
     ways = {mode: ChunkPrefix(mode, target, weights, known, 5.0) for mode in spec.guidance}
-    return ModelInputs(images, tokens if spec.vocabulary else 0 * tokens, state), noise, {"none": None} | ways
+    present = np.ones((1, len(images)), bool)
+    return ModelInputs(images, tokens if spec.vocabulary else 0 * tokens, state, present), noise, {"none": None} | ways
 
 
 @dataclasses.dataclass

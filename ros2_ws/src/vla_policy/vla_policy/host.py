@@ -121,5 +121,5 @@ def example_observation(policy: Policy, robot: Robot) -> PolicyObservation:
         for arm in robot.arms
     }
     # Any word that the policy knows; index 0 is padding.
-    instruction = policy.spec.vocabulary[1] if len(policy.spec.vocabulary) > 1 else ""
+    instruction = policy.spec.example_instruction
     return PolicyObservation(images=images, state=state, instruction=instruction, time=0.0)

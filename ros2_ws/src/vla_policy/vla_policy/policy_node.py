@@ -182,7 +182,7 @@ class PolicyNode(LifecycleNode):
         """True when a request waits and there is what it takes to answer it: a fresh observation, an instruction."""
         if self._request is None or not self._observations:
             return False
-        if self.host.policy.spec.vocabulary and not self.instruction:
+        if self.host.policy.spec.reads_instruction and not self.instruction:
             return False
         age = self.get_clock().now().nanoseconds * 1e-9 - seconds(self._observations[-1].header.stamp)
         return age <= self.max_observation_age

@@ -6,19 +6,20 @@ import pytest
 torch = pytest.importorskip("torch")
 from vla_core.actions import ActionSpace  # noqa: E402
 from vla_models import build  # noqa: E402
-from vla_models.flow_policy import CameraTokens, FlowConfig, velocity_of  # noqa: E402
+from vla_models.recipes.flow import CameraTokens, FlowConfig  # noqa: E402
 from vla_models.normalization import Normalizer  # noqa: E402
 from vla_models.policy import PolicyError, PolicySpec  # noqa: E402
-from vla_models.torch_policy import Batch  # noqa: E402
+from vla_models.torch_policy import Batch, Inputs, velocity_of  # noqa: E402
 
 
 def make_batch(policy, count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     spec = policy.spec
     images = tuple(torch.rand(count, 3, *size, generator=generator) for size in spec.cameras.values())
-    return Batch(images, torch.randint(1, len(spec.vocabulary), (count, spec.context), generator=generator),
-                 torch.randn(count, spec.state_dim, generator=generator),
-                 torch.randn(count, spec.horizon, spec.action_dim, generator=generator),
+    inputs = Inputs(images, torch.randint(1, len(spec.vocabulary), (count, spec.context), generator=generator),
+                    torch.randn(count, spec.state_dim, generator=generator),
+                    torch.ones(count, len(images), dtype=torch.bool))  # fmt: skip
+    return Batch(inputs, torch.randn(count, spec.horizon, spec.action_dim, generator=generator),
                  torch.zeros(count, spec.horizon, dtype=torch.bool))  # fmt: skip
 
 
@@ -28,14 +29,14 @@ def test_the_shipped_size_stays_below_two_million_parameters():
                       vocabulary=("", "red"))  # fmt: skip
     unit = {"state": Normalizer("mean_std", np.zeros(10), np.ones(10)),
             "action": Normalizer("mean_std", np.zeros(7), np.ones(7))}  # fmt: skip
-    assert sum(p.numel() for p in build("flow", spec, unit).network.parameters()) < 2_000_000
+    assert sum(p.numel() for p in build("flow", "paper", spec=spec, normalizers=unit).network.parameters()) < 2_000_000
 
 
 def test_samples_that_share_a_context_do_not_mix(policy_of):
     policy = policy_of("flow")
     network, batch = policy.network, make_batch(policy, 2)
     with torch.no_grad():
-        context = network.encode(batch.images, batch.tokens, batch.state)
+        context = network.encode(batch.inputs)
         x, tau = torch.randn(6, 8, 7), torch.rand(6, 1)
         together = network.velocity(context, x, tau)
         for i in range(6):
@@ -47,7 +48,7 @@ def test_one_flow_time_for_all_actions_equals_one_for_each(policy_of):
     policy = policy_of("flow")
     batch = make_batch(policy, 1)
     with torch.no_grad():
-        velocity = velocity_of(policy.network, policy.network.encode(batch.images, batch.tokens, batch.state))
+        velocity = velocity_of(policy.network, policy.network.encode(batch.inputs))
         x = torch.randn(1, 8, 7)
         torch.testing.assert_close(velocity(x, 0.4), velocity(x, torch.full((1, 8), 0.4)), atol=1e-6, rtol=1e-5)
 
@@ -57,9 +58,10 @@ def test_image_instruction_and_state_each_change_the_velocity(policy_of):
     network, a, b = policy.network, make_batch(policy, 1, 1), make_batch(policy, 1, 2)
     x, tau = torch.randn(1, 8, 7), torch.full((1, 1), 0.5)
     with torch.no_grad():
-        base = network.velocity(network.encode(a.images, a.tokens, a.state), x, tau)
-        for inputs in ((b.images, a.tokens, a.state), (a.images, b.tokens, a.state), (a.images, a.tokens, b.state)):
-            assert (network.velocity(network.encode(*inputs), x, tau) - base).abs().max() > 1e-5
+        base = network.velocity(network.encode(a.inputs), x, tau)
+        for part in ("images", "tokens", "state"):
+            inputs = a.inputs._replace(**{part: getattr(b.inputs, part)})
+            assert (network.velocity(network.encode(inputs), x, tau) - base).abs().max() > 1e-5
 
 
 def test_loss_is_a_function_of_its_generator(policy_of):

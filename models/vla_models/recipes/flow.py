@@ -11,18 +11,15 @@ flow matching (Lipman et al., arXiv 2210.02747; as an action head: pi0, arXiv 24
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_models.attention import Attention, attend, sinusoids, split_heads
-from vla_models.backbones import FilmEncoder, LanguageEncoder, SpatialSoftmax
-from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
-from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
-from vla_models.torch_policy import Batch, TorchPolicy
+from vla_models.parts.attention import Attention, attend, sinusoids, split_heads
+from vla_models.parts.vision import FilmEncoder, LanguageEncoder, SpatialSoftmax
+from vla_models.policy import PolicyError, PolicySpec
+from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset
 
 
 @dataclass(frozen=True)
@@ -126,14 +123,11 @@ class FlowNetwork(nn.Module):
         nn.init.zeros_(self.action_out.weight)
         nn.init.zeros_(self.action_out.bias)
 
-    def encode(self, images: tuple[Tensor, ...], tokens: Tensor, state: Tensor) -> Tensor:
-        """Keys and values of the context for every block, (B, 2*layers, heads, T, width/heads).
-
-        images: one (B, 3, h, w) float in [0, 1] a camera. tokens: (B, context) int64. state: (B, state_dim).
-        """
-        language = self.language(tokens)
-        parts = [language.unsqueeze(1), self.state(state).unsqueeze(1)]
-        parts += [camera(image, language) for camera, image in zip(self.cameras, images, strict=True)]
+    def encode(self, inputs: Inputs) -> Tensor:
+        """Keys and values of the context for every block, (B, 2*layers, heads, T, width/heads)."""
+        language = self.language(inputs.tokens)
+        parts = [language.unsqueeze(1), self.state(inputs.state).unsqueeze(1)]
+        parts += [camera(image, language) for camera, image in zip(self.cameras, inputs.images, strict=True)]
         context = torch.cat(parts, 1)
         pairs = [part for block in self.blocks for part in block.context(context).chunk(2, -1)]
         return torch.stack([split_heads(part, self.config.heads) for part in pairs], 1)
@@ -151,7 +145,7 @@ class FlowNetwork(nn.Module):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Flow-matching loss: mean square of velocity - (actions - noise) over the actions that are not prefix."""
-        context = self.encode(batch.images, batch.tokens, batch.state)
+        context = self.encode(batch.inputs)
         actions = batch.actions.repeat_interleave(self.config.samples, 0)
         count, device = len(actions), actions.device
         noise = torch.randn(actions.shape, generator=generator).to(device)
@@ -167,48 +161,15 @@ class FlowNetwork(nn.Module):
         return {"loss": (error * free).sum() / free.sum()}
 
 
-class FlowPolicy(TorchPolicy):
+class SmallFlowPolicy(FlowPolicy):
     """The recipe "flow" on torch."""
 
-    Config = FlowConfig
-    Network = FlowNetwork
-    training = {"steps": 5, "guidance": ("guided", "prefix"), "prefix_limit": 10}
-
-    def run(
-        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
-    ) -> np.ndarray:
-        start = time.perf_counter()
-        images, tokens, state = self.tensors(inputs)
-        with torch.no_grad():
-            context = self.network.encode(images, tokens, state)
-            encoded = time.perf_counter()
-            sample = sample_flow(
-                velocity_of(self.network, context),
-                torch.from_numpy(noise).to(self.device),
-                self.steps,
-                guidance_of(prefix),
-            )
-        actions = sample.cpu().numpy()
-        timings["encode"] = encoded - start
-        timings["sample"] = time.perf_counter() - encoded
-        return actions
-
-
-def velocity_of(network: FlowNetwork, context: Tensor):
-    """`network` as the sampler wants it: velocity(x, tau) with tau a float or a tensor (B, H)."""
-
-    def velocity(x: Tensor, tau) -> Tensor:
-        if not isinstance(tau, Tensor):
-            tau = torch.full((x.shape[0], 1), float(tau), dtype=x.dtype, device=x.device)
-        return network.velocity(context, x, tau)
-
-    return velocity
-
-
-def guidance_of(prefix: ChunkPrefix | None) -> Guidance | None:
-    """The sampler's guidance for what a request left."""
-    if prefix is None:
-        return None
-    if prefix.mode == "prefix":
-        return PrefixGuidance(prefix.target, prefix.known)
-    return RtcGuidance(prefix.target, prefix.weights, prefix.beta)
+    Config, Network = FlowConfig, FlowNetwork
+    contract = {"steps": 5, "guidance": ("guided", "prefix"), "prefix_limit": 10}
+    presets = {
+        "paper": Preset(FlowConfig(), {"cameras": {"scene": (96, 128), "wrist": (96, 128)}, "horizon": 32}),
+        "tiny": Preset(
+            FlowConfig(width=32, layers=2, heads=2, channels=(8, 16), blocks=(0, 1), points=8),
+            {"cameras": {"scene": (24, 32)}, "horizon": 8, "prefix_limit": 4},
+        ),
+    }

@@ -16,17 +16,15 @@ the specification one language token joins the encoder (not in the paper).
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_models.attention import Attention, sinusoids
-from vla_models.backbones import LanguageEncoder, SmallResNet
-from vla_models.policy import ChunkPrefix, ModelInputs, PolicySpec
-from vla_models.torch_policy import Batch, TorchPolicy
+from vla_models.parts.attention import Attention, sinusoids
+from vla_models.parts.vision import LanguageEncoder, SmallResNet
+from vla_models.policy import PolicySpec
+from vla_models.torch_policy import Batch, Inputs, OnePassPolicy, Preset
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,9 @@ class ActNetwork(nn.Module):
         mean, log_variance = self.posterior_out(tokens[:, 0]).chunk(2, -1)
         return mean, log_variance
 
-    def forward(
-        self, images: tuple[Tensor, ...], tokens: Tensor, state: Tensor, latent: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, inputs: Inputs, latent: Tensor | None = None) -> Tensor:
         """Normalised actions (B, H, dim). latent (B, latent): z; None: 0, the prior's mean, as in use."""
+        images, tokens, state, _ = inputs
         if latent is None:
             latent = state.new_zeros(state.shape[0], self.config.latent)
         vectors = [self.latent_in(latent), self.state_in(state)]
@@ -157,21 +154,26 @@ class ActNetwork(nn.Module):
         In evaluation mode z is 0 as in use, and the loss is the L1 part alone.
         """
         if not self.training:
-            l1 = _mean_l1(self(batch.images, batch.tokens, batch.state), batch)
+            l1 = _mean_l1(self(batch.inputs), batch)
             return {"loss": l1, "l1": l1}
-        mean, log_variance = self.posterior_of(batch.state, batch.actions, batch.padded)
+        mean, log_variance = self.posterior_of(batch.inputs.state, batch.actions, batch.padded)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         latent = mean + torch.exp(log_variance / 2) * noise
-        l1 = _mean_l1(self(batch.images, batch.tokens, batch.state, latent), batch)
+        l1 = _mean_l1(self(batch.inputs, latent), batch)
         kl = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(-1).mean()
         return {"loss": l1 + self.config.kl_weight * kl, "l1": l1, "kl": kl}
 
 
-class ActPolicy(TorchPolicy):
+class ActPolicy(OnePassPolicy):
     """The recipe "act" on torch. One pass, z = 0: deterministic, and with no guidance."""
 
-    Config = ActConfig
-    Network = ActNetwork
+    Config, Network = ActConfig, ActNetwork
+    presets = {
+        "tiny": Preset(
+            ActConfig(width=32, heads=2, feedforward=48, encoder_layers=1, posterior_layers=1, channels=(8, 16)),
+            {"cameras": {"scene": (24, 32)}, "horizon": 8},
+        )
+    }
     training = {
         "robot": "aloha",
         "cameras": {"top": (120, 160)},
@@ -186,15 +188,6 @@ class ActPolicy(TorchPolicy):
         "clip": 10.0,
         "jitter": 0.1,
     }
-
-    def run(
-        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
-    ) -> np.ndarray:
-        start = time.perf_counter()
-        with torch.no_grad():
-            actions = self.network(*self.tensors(inputs)).cpu().numpy()
-        timings["sample"] = time.perf_counter() - start
-        return actions
 
 
 def _mlp(config: ActConfig) -> nn.Module:
