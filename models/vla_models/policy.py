@@ -295,8 +295,17 @@ class Policy(ABC):
         """Normalised actions (1, H, W) float32 from one batch of one; numbers beyond action_dim are dropped.
 
         noise: `noise_shape` float32, normal with deviation `PolicySpec.temperature` (ignored by policies that predict
-        in one pass). prefix: its target is as wide as the network's actions, filled up with zeros. Writes the wall time of its own stages ("encode", "sample") into `timings`, s.
+        in one pass). prefix: its target is as wide as the network's actions, filled up with zeros. Writes
+        the wall time of its own stages ("encode", "sample") into `timings`, s.
         """
+
+    def reset(self) -> None:  # noqa: B027 - most policies have nothing to forget
+        """Forget what was seen: a new episode begins. Policies that remember nothing between chunks do nothing."""
+
+    def correct(self, words: str) -> None:
+        """A person's correction in words, in force until the next ("" takes it back). Raises PolicyError where a
+        policy takes none."""
+        raise PolicyError(f"policy {self.spec.name}: takes no corrections in words")
 
     def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
         """The next chunk of absolute targets.

@@ -269,7 +269,8 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     report = {"benchmark": "control", "cores": os.cpu_count(), "load_before": os.getloadavg()[0], "steps": []}
     print(f"{os.cpu_count()} cores, load {report['load_before']:.1f}")
-    print(f"{'one step [ms]':22}{'joints':>7}{'median':>10}{'p99':>10}{'max':>10}{'goal p99':>10}{'yardstick, p99':>22}")
+    columns = f"{'median':>10}{'p99':>10}{'max':>10}{'goal p99':>10}{'yardstick, p99':>22}"
+    print(f"{'one step [ms]':22}{'joints':>7}{columns}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for robot in ("panda", "aloha", str(write_dual_panda(folder))):
@@ -292,7 +293,8 @@ def main() -> int:
             print(
                 f"jitter: median {loop['jitter_median_ms']:.3f}, p99 {loop['jitter_p99_ms']:.3f}, max "
                 f"{loop['jitter_max_ms']:.3f} ms; {loop['overruns']} overruns; load {loop['load_before']:.1f} "
-                f"(goal: p99 {JITTER_GOAL:.1f} ms on an idle machine; a bare loop's p99: {loop['bare_jitter_p99_ms']:.3f})"
+                f"(goal: p99 {JITTER_GOAL:.1f} ms on an idle machine; p99 of a bare loop: "
+                f"{loop['bare_jitter_p99_ms']:.3f})"
             )
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Messages become what a policy takes, and nothing is lost or shifted in time on the way."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
@@ -9,6 +11,7 @@ from vla_models.policy import PolicySpec
 from vla_msgs.msg import ArmState, CameraImage, ChunkRequest, Observation
 from vla_policy.messages import (
     MessageError,
+    earlier,
     image_array,
     inference_request,
     policy_observation,
@@ -82,3 +85,31 @@ def test_a_remainder_that_ended_before_the_observation_guides_nothing():
     request.remainder = trajectory_message(poses(8), Time(sec=1), SPEC, "world")
     asked = inference_request(request, SPEC, observed=50.0, seed=0)
     assert asked.remainder is None and asked.guidance == ""
+
+
+def observation_at(time: float, value: int = 0) -> Observation:
+    message = Observation(arms=[ArmState(arm="arm", position=[0.0])])
+    message.header.stamp = Time(sec=int(time), nanosec=round(time % 1 * 1e9))
+    message.images = [CameraImage(camera="scene", image=image(np.full((8, 8, 3), value, np.uint8)))]
+    return message
+
+
+def test_a_history_takes_the_observations_nearest_to_its_times():
+    spec = replace(SPEC, history=4)  # 0.1 s apart
+    before = [observation_at(10.0 + 0.03 * k, k) for k in range(20)]
+    seen = policy_observation(observation_at(10.6), spec, "", before)
+    assert [round(past.time, 2) for past in seen.history] == [10.30, 10.39, 10.51]
+    assert [int(past.images["scene"][0, 0, 0]) for past in seen.history] == [10, 13, 17]
+    assert not any(past.history for past in seen.history)
+
+
+def test_a_history_has_nothing_from_before_the_first_observation():
+    spec = replace(SPEC, history=4)
+    assert earlier(observation_at(10.0), spec, []) == []
+    before = [observation_at(10.0), observation_at(10.1)]
+    assert [m.header.stamp.nanosec for m in earlier(observation_at(10.2), spec, before)] == [0, 100_000_000]
+
+
+def test_a_camera_that_may_be_missing_is_left_out():
+    spec = replace(SPEC, cameras={"scene": (8, 8), "wrist": (8, 8)}, optional=("wrist",))
+    assert list(policy_observation(observation_at(1.0), spec, "").images) == ["scene"]

@@ -33,9 +33,11 @@ def mismatches(spec, robot: Robot) -> list[str]:
     cameras = {camera.name: camera for camera in robot.cameras}
     for name, (height, width) in spec.cameras.items():
         camera = cameras.get(name)
+        if camera is None and name in spec.optional:
+            continue
         if camera is None:
             found.append(f"camera {name}: the policy needs it, the robot has {sorted(cameras)}")
-        elif abs((camera.width / camera.height) / (width / height) - 1.0) > ASPECT_TOLERANCE:
+        elif spec.fit == "stretch" and abs((camera.width / camera.height) / (width / height) - 1.0) > ASPECT_TOLERANCE:
             found.append(
                 f"camera {name}: the policy was trained on images of {width}x{height}, "
                 f"the robot gives {camera.width}x{camera.height}, another shape"

@@ -79,6 +79,12 @@ class PolicyHost:
     def clear(self) -> None:
         self._policies, self._active = {}, None
 
+    def reset(self) -> None:
+        """Let the active policy forget what it has seen; waits for an inference that runs."""
+        with self._inference:
+            if self.policy is not None:
+                self.policy.reset()
+
     def infer(self, observation: PolicyObservation, request: InferenceRequest) -> tuple[PolicyOutput, Policy, bool]:
         """One chunk of the active policy: its output, the policy, and whether this was its first after a switch."""
         with self._inference:
@@ -86,6 +92,8 @@ class PolicyHost:
             if policy is None:
                 raise RuntimeError("no policy is active")
             fresh, self._fresh = self._fresh, False
+            if fresh:
+                policy.reset()  # what it remembers is from warming up, or from when it last drove
             return policy.infer(observation, request), policy, fresh
 
     def _warm_up(self, policy: Policy) -> None:
@@ -108,10 +116,8 @@ class PolicyHost:
 def example_observation(policy: Policy, robot: Robot) -> PolicyObservation:
     """An observation of the right shape: grey images, the arms at home, a known instruction."""
     kinematics = Kinematics(robot)
-    images = {
-        name: np.full((robot.camera(name).height, robot.camera(name).width, 3), 128, np.uint8)
-        for name in policy.spec.cameras
-    }
+    sizes = {camera.name: (camera.height, camera.width) for camera in robot.cameras}
+    images = {name: np.full((*sizes[name], 3), 128, np.uint8) for name in policy.spec.cameras if name in sizes}
     state = {
         arm.name: ArmState(
             joints=np.array(arm.home),

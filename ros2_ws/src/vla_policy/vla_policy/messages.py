@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from vla_core.time import seconds
 from vla_execution.chunk import Chunk, ChunkRefused, resampled
@@ -29,15 +31,21 @@ def image_array(image) -> np.ndarray:
     return array if image.encoding == "rgb8" else array[..., ::-1].copy()
 
 
-def policy_observation(message: Observation, spec: PolicySpec, instruction: str) -> PolicyObservation:
+def policy_observation(
+    message: Observation, spec: PolicySpec, instruction: str, before: Sequence[Observation] = ()
+) -> PolicyObservation:
     """What the policy sees of a vla_msgs/Observation: its own cameras and arms only.
+
+    Args:
+        before: earlier observations, oldest first; of these it sees what its history wants (`earlier`).
 
     Raises:
         MessageError: a camera or an arm of the policy is not in the message.
     """
     images = {i.camera: i.image for i in message.images}
     arms = {a.arm: a for a in message.arms}
-    for kind, needed, found in (("camera", spec.cameras, images), ("arm", spec.action_space.arms, arms)):
+    needed_cameras = [name for name in spec.cameras if name not in spec.optional]
+    for kind, needed, found in (("camera", needed_cameras, images), ("arm", spec.action_space.arms, arms)):
         missing = [name for name in needed if name not in found]
         if missing:
             raise MessageError(f"observation: expected {kind} {missing[0]!r}, found {sorted(found)}")
@@ -51,11 +59,27 @@ def policy_observation(message: Observation, spec: PolicySpec, instruction: str)
             gripper=arm.gripper,
         )
     return PolicyObservation(
-        images={name: image_array(images[name]) for name in spec.cameras},
+        images={name: image_array(images[name]) for name in spec.cameras if name in images},
         state=state,
         instruction=instruction,
         time=seconds(message.header.stamp),
+        history=tuple(policy_observation(m, spec, instruction) for m in earlier(message, spec, before)),
     )
+
+
+def earlier(message: Observation, spec: PolicySpec, before: Sequence[Observation]) -> list[Observation]:
+    """The observations nearest to each time that the policy's history wants before `message`, oldest first.
+
+    Times before the first observation there is are left out: a policy repeats its oldest.
+    """
+    now = seconds(message.header.stamp)
+    stamps = np.array([seconds(m.header.stamp) for m in before])
+    found = []
+    for k in range(spec.history - 1, 0, -1):
+        wanted = now - k * spec.period
+        if len(stamps) and wanted > stamps[0] - 0.5 * spec.period:
+            found.append(before[int(np.abs(stamps - wanted).argmin())])
+    return found
 
 
 def inference_request(message: ChunkRequest | None, spec: PolicySpec, observed: float, seed: int) -> InferenceRequest:

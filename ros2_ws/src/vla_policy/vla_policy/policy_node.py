@@ -18,7 +18,8 @@ from rclpy.time import Time
 from std_msgs.msg import String
 from vla_core.robot import load_robot
 from vla_core.time import seconds
-from vla_msgs.msg import ActionChunk, ChunkRequest, Observation, PolicyStatus, StageTiming
+from vla_models.policy import PolicyError
+from vla_msgs.msg import ActionChunk, ChunkRequest, EpisodeEvent, Observation, PolicyStatus, StageTiming
 from vla_msgs.srv import LoadPolicy, SwitchPolicy
 from vla_ros.run import run_node
 
@@ -26,8 +27,8 @@ from vla_policy.description import load_description
 from vla_policy.host import PolicyHost
 from vla_policy.messages import inference_request, policy_observation, trajectory_message
 
-#: Observations kept so that a request may name one.
-OBSERVATIONS_KEPT = 10
+#: Observations kept so that a request may name one; more for a policy with a longer history, s.
+OBSERVATIONS_KEPT = 0.4
 #: Latched topics: who comes late still gets the newest.
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
@@ -53,7 +54,8 @@ class PolicyNode(LifecycleNode):
         self.error = ""
         self._answering = False
         self._count = 0
-        self._observations: deque[Observation] = deque(maxlen=OBSERVATIONS_KEPT)
+        self._observations: deque[Observation] = deque()
+        self._new_episode = False
         self._request: ChunkRequest | None = None
         self._wake = threading.Condition()
         self._closing = False
@@ -63,6 +65,8 @@ class PolicyNode(LifecycleNode):
         self.create_subscription(Observation, "/observation", self.on_observation, 2)
         self.create_subscription(ChunkRequest, "/chunk_request", self.on_request, 5)
         self.create_subscription(String, "/instruction", self.on_instruction, LATCHED)
+        self.create_subscription(String, "/correction", self.on_correction, 5)
+        self.create_subscription(EpisodeEvent, "/episode_events", self.on_event, 50)
         # Loading takes seconds: beside everything else (LeanExecutor) it holds up nothing.
         loading = ReentrantCallbackGroup()
         self.create_service(LoadPolicy, "/policy/load", self.on_load, callback_group=loading)
@@ -116,7 +120,24 @@ class PolicyNode(LifecycleNode):
             if self._observations and seconds(message.header.stamp) < seconds(self._observations[-1].header.stamp):
                 self._observations.clear()  # the clock was set back: a new episode
             self._observations.append(message)
+            policy = self.host.policy
+            kept = OBSERVATIONS_KEPT + (policy.spec.history * policy.spec.period if policy else 0.0)
+            while seconds(message.header.stamp) - seconds(self._observations[0].header.stamp) > kept:
+                self._observations.popleft()
             self._wake.notify()
+
+    def on_event(self, message: EpisodeEvent) -> None:
+        if message.event == EpisodeEvent.RESET:
+            with self._wake:
+                self._observations.clear()
+                self._new_episode = True
+
+    def on_correction(self, message: String) -> None:
+        try:
+            if self.host.policy is not None:
+                self.host.policy.correct(message.data)
+        except PolicyError as error:
+            self.get_logger().warning(str(error))
 
     def on_request(self, message: ChunkRequest | None) -> None:
         with self._wake:
@@ -173,7 +194,12 @@ class PolicyNode(LifecycleNode):
                     return
                 request, self._request = self._request, None
                 observation = self._chosen(request)
-            answer = self._answer(request, observation)
+                stamp = seconds(observation.header.stamp)
+                before = [m for m in self._observations if seconds(m.header.stamp) < stamp]
+                new_episode, self._new_episode = self._new_episode, False
+            if new_episode:
+                self.host.reset()
+            answer = self._answer(request, observation, before)
             if self._closing or not self.context.ok():
                 return
             self.chunk_publisher.publish(answer)
@@ -194,7 +220,7 @@ class PolicyNode(LifecycleNode):
                 return observation
         return self._observations[-1]
 
-    def _answer(self, request: ChunkRequest, observation: Observation) -> ActionChunk:
+    def _answer(self, request: ChunkRequest, observation: Observation, before: list[Observation]) -> ActionChunk:
         chunk = ActionChunk()
         chunk.header = observation.header
         chunk.request_id = request.id
@@ -206,7 +232,7 @@ class PolicyNode(LifecycleNode):
             spec = self.host.policy.spec
             observed = seconds(observation.header.stamp)
             output, policy, chunk.warm_up = self.host.infer(
-                policy_observation(observation, spec, self.instruction),
+                policy_observation(observation, spec, self.instruction, before),
                 inference_request(request if request.id else None, spec, observed, self.seed + self._count),
             )
             chunk.actions = trajectory_message(
