@@ -6,9 +6,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from vla_core.actions import ActionSpace  # noqa: E402
 from vla_models import build  # noqa: E402
-from vla_models.recipes.flow import CameraTokens, FlowConfig  # noqa: E402
 from vla_models.normalization import Normalizer  # noqa: E402
 from vla_models.policy import PolicyError, PolicySpec  # noqa: E402
+from vla_models.recipes.flow import CameraTokens, FlowConfig  # noqa: E402
 from vla_models.torch_policy import Batch, Inputs, velocity_of  # noqa: E402
 
 

@@ -82,6 +82,8 @@ def load(
 ) -> Any:
     """The policy of a checkpoint folder, or of a published checkpoint (a folder, or its name on the Hugging Face hub).
 
+    A checkpoint folder without weights may stand for a policy on another machine (vla_models.remote).
+
     runtime: "torch" or "onnx". provider: where it runs: "cpu", "cuda", and with onnx "tensorrt". threads: of one
     inference, 0: the runtime's choice. steps: integration steps, None: the checkpoint's own. providers: execution
     providers in ONNX Runtime's own words, instead of `provider`.
@@ -91,6 +93,10 @@ def load(
 
     if runtime not in RUNTIMES:
         raise PolicyError(f"runtime: expected one of {RUNTIMES}, found {runtime!r}")
+    if is_remote(path):
+        from vla_models.remote import load_remote
+
+        return load_remote(path)
     if runtime == "onnx":
         from vla_models.runtime_onnx import load_onnx
 
@@ -105,6 +111,22 @@ def load(
         if (folder / "config.json").exists() and not (folder / "policy.json").exists():
             return load_published(folder, provider, steps)
     return load_torch(folder, provider=provider, threads=threads, steps=steps)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a checkpoint folder stands for a policy on another machine (vla_models.remote): it has no weights."""
+    from vla_models.checkpoint import POLICY_FILE, WEIGHTS_FILE, read_checkpoint
+    from vla_models.policy import CheckpointError
+
+    folder = Path(path)
+    if not (folder / POLICY_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
+        return False
+    from vla_models.remote import REMOTE
+
+    try:
+        return read_checkpoint(folder).spec.recipe in REMOTE
+    except CheckpointError:
+        return False  # who loads it says what is wrong
 
 
 def _recipes() -> dict[str, EntryPoint]:

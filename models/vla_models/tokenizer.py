@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 3 to 258, after a 1 for the beginning: no vocabulary to learn or to ship. 0 pads, 2 ends."""
+    """UTF-8 bytes as tokens 3 to 258, after a 1 for the beginning: no vocabulary to learn or to ship. 2 ends a text."""
 
     BEGIN, END, FIRST, SIZE = 1, 2, 3, 259
 

@@ -166,8 +166,8 @@ class FlowPolicy(TorchPolicy):
     """A policy that integrates a velocity from noise (tau = 0) to actions (tau = 1).
 
     Its network has `encode(inputs) -> context`, run once for a chunk (a tensor, or a tuple of tensors), and
-    `velocity(context, x, tau) -> (B, H, W)`, x (B, H, W), tau (B, 1) or (B, H); and `width`, that W, where it is not the
-    action space's.
+    `velocity(context, x, tau) -> (B, H, W)`, x (B, H, W), tau (B, 1) or (B, H); and `width`, that W, where it is not
+    the action space's.
     """
 
     @property
