@@ -48,15 +48,17 @@ class Dataset:
         """Samples as arrays; images are shifted when `rng` is given.
 
         camera/<name> (B, h, w, 3) uint8; tokens (B, context) int64; state (B, state_dim) and actions (B, H, dim)
-        float32, normalised; padded (B, H) bool. With a history of T observations images and state have T after B.
+        float32, normalised; padded (B, H) bool; present (B, cameras) bool. With a history of T observations
+        images and state have T after B.
         """
         places = [self._place(int(index)) for index in indices]
         pick = [(self.episodes[e], t) for e, t in places]
+        spec = self.processor.spec
         out = {
-            f"camera/{name}": np.stack([self._picture(self._seen(episode.images[name], episode, t), rng)
-                                        for episode, t in pick])  # fmt: skip
-            for name in self.processor.spec.cameras
+            f"camera/{name}": np.stack([self._picture(self._images(name, episode, t), rng) for episode, t in pick])
+            for name in spec.cameras
         }
+        out["present"] = np.array([[name in episode.images for name in spec.cameras] for episode, _ in pick])
         anchor = np.stack([episode.anchor[t] for episode, t in pick])
         targets = np.stack([episode.targets[t] for episode, t in pick]).astype(np.float64)
         valid = np.array([episode.valid[t] for episode, t in pick])
@@ -74,6 +76,12 @@ class Dataset:
     def _place(self, index: int) -> tuple[int, int]:
         episode = int(np.searchsorted(self._ends, index, side="right"))
         return episode, index - int(self._ends[episode] - len(self.episodes[episode]))
+
+    def _images(self, name: str, episode: Episode, tick: int) -> np.ndarray:
+        if name not in episode.images:  # a camera that the policy can do without
+            spec = self.processor.spec
+            return np.zeros((*([spec.history] if spec.history > 1 else []), *spec.cameras[name], 3), np.uint8)
+        return self._seen(episode.images[name], episode, tick)
 
     def _seen(self, values: np.ndarray, episode: Episode, tick: int) -> np.ndarray:
         """What was seen at a tick: values[tick], or with a history those of the ticks nearest to each time, stacked."""
@@ -114,6 +122,15 @@ def fit_normalizers(episodes: Sequence[Episode], spec: PolicySpec, kinds: Mappin
         ]
     )
     return {"state": Normalizer.fit(kinds["state"], states), "action": Normalizer.fit(kinds["action"], actions)}
+
+
+def action_chunks(episodes: Sequence[Episode], processor: Processor) -> np.ndarray:
+    """Actions (N, H, dim) float32, normalised, of at most STATISTICS evenly chosen ticks of `episodes`."""
+    stride = max(1, sum(map(len, episodes)) // STATISTICS)
+    return np.concatenate([
+        processor.actions(np.asarray(episode.targets[::stride], float), episode.anchor[::stride])
+        for episode in episodes
+    ])  # fmt: skip
 
 
 def vocabulary(episodes: Sequence[Episode]) -> tuple[str, ...]:

@@ -42,8 +42,8 @@ class DataError(ValueError):
 class Episode:
     """One demonstration with T ticks.
 
-    images: camera -> (T, h, w, 3) uint8 at the network's size. state (T, state_dim) and anchor (T, target_dim)
-    float64, raw. targets (T, H, target_dim) float32, absolute. valid (T,): actions that lie inside the episode.
+    images: camera -> (T, h, w, 3) uint8 at the network's size; cameras that the policy can do without may be missing.
+    state (T, state_dim) and anchor (T, target_dim) float64, raw. targets (T, H, target_dim) float32, absolute. valid (T,): actions that lie inside the episode.
     times (T,): s, rising.
     """
 
@@ -73,16 +73,19 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
             found[topic].append((stamp, message))
     except bags.BagError as error:
         raise DataError(str(error)) from error
+    topics = {n: both for n, both in topics.items() if n not in spec.optional or any(found[t] for t in both)}
     images = {
         name: _track([(s, m) for topic in both for s, m in found[topic]], "object", f"{folder}: camera {name}")
         for name, both in topics.items()
     }
+    if not images:
+        raise DataError(f"bag {folder}: expected images of one of {list(spec.cameras)}, found none")
     joints = {name: _joint_track(found["/joint_states"], robot, name, folder) for name in spec.arms}
     goals = {name: _goal_tracks(found["/safety_status"], name, spec.action_space.kind, folder) for name in spec.arms}
     commands = [track for pair in goals.values() for track in pair]
     first = max(track.oldest for track in (*joints.values(), *commands))
     last = max(track.newest for track in commands)
-    stamps = sorted({stamp for topic in topics[next(iter(spec.cameras))] for stamp, _ in found[topic]})
+    stamps = sorted({stamp for topic in topics[next(iter(topics))] for stamp, _ in found[topic]})
     end = min(track.newest for track in (*joints.values(), *commands))
     ticks = [
         t
@@ -133,6 +136,7 @@ def fingerprint(folder: Path, spec: PolicySpec) -> str:
         spec.period,
         spec.robot,
         spec.fit,
+        spec.optional,
     ]
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()
@@ -158,7 +162,11 @@ def cached_episode(folder: Path, cache: Path, spec: PolicySpec) -> Episode:
     return Episode(
         name=facts["name"],
         instruction=facts["instruction"],
-        images={name: np.load(place / f"camera_{name}.npy", mmap_mode="r") for name in spec.cameras},
+        images={
+            name: np.load(place / f"camera_{name}.npy", mmap_mode="r")
+            for name in spec.cameras
+            if (place / f"camera_{name}.npy").is_file()
+        },
         **{name: np.load(place / f"{name}.npy") for name in ("state", "anchor", "targets", "valid", "times")},
     )
 

@@ -1,8 +1,9 @@
 """Policies that live on another machine, behind the same interface, contract check and safety as any other.
 
-A remote policy is a checkpoint folder without weights: policy.json with the recipe "openpi", the specification of what
-the server's policy sees and says, and the settings of `OpenpiConfig`. The server normalises by itself, so the
-normalisers change nothing. See docs/howto.md for an example.
+A remote policy is a checkpoint folder without weights: policy.json with the recipe "openpi" or "lerobot_server"
+(vla_models.lerobot_client), the specification of what the server's policy sees and says, and the settings of
+`OpenpiConfig` or `LerobotConfig`. The server normalises by itself, so the normalisers change nothing, or units only.
+See docs/howto.md for an example.
 
 Nothing waits for ever: an answer that does not come in time is an error, the executor holds, and the next request
 connects anew.
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from vla_models.checkpoint import read_checkpoint
+from vla_models.lerobot_client import LerobotServerPolicy
 from vla_models.normalization import Normalizer
 from vla_models.policy import (
     CheckpointError,
@@ -161,7 +163,7 @@ class OpenpiPolicy(Policy):
 
 
 #: Remote recipes: name in policy.json -> class.
-REMOTE = {"openpi": OpenpiPolicy}
+REMOTE = {"lerobot_server": LerobotServerPolicy, "openpi": OpenpiPolicy}
 
 
 def load_remote(path: str | os.PathLike) -> Policy:

@@ -46,9 +46,10 @@ from vla_models.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
-from vla_models.data import Dataset, fit_normalizers, split, vocabulary
+from vla_models.data import Dataset, action_chunks, fit_normalizers, split, vocabulary
 from vla_models.episodes import Episode, load_episodes
 from vla_models.policy import CheckpointError, PolicyError, PolicySpec
+from vla_models.preprocess import Processor
 from vla_models.torch_policy import Batch, Inputs, TorchPolicy
 
 STATE_FILE = "train_state.safetensors"
@@ -202,9 +203,8 @@ class Trainer:
             image = torch.from_numpy(np.ascontiguousarray(arrays[f"camera/{name}"])).to(self.device)
             image = image.movedim(-1, -3).float() / 255.0
             images.append(image if generator is None else jitter(image, self.config.jitter, generator))
-        rest = (torch.from_numpy(arrays[name]).to(self.device) for name in ("tokens", "state", "actions", "padded"))
-        tokens, state, actions, padded = rest
-        present = torch.ones(len(state), len(images), dtype=torch.bool, device=self.device)
+        names = ("tokens", "state", "present", "actions", "padded")
+        tokens, state, present, actions, padded = (torch.from_numpy(arrays[name]).to(self.device) for name in names)
         return Batch(Inputs(tuple(images), tokens, state, present), actions, padded)
 
     def save(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -287,7 +287,10 @@ def train(
             spec = dataclasses.replace(spec, vocabulary=vocabulary(episodes))
         normalizers = fit_normalizers(training, spec, kinds)
     torch.manual_seed(seed)
-    policy = build(recipe, config.network, device, spec, normalizers)
+    network = config.network
+    if not resume:
+        network = policy_class(recipe).fitted(network, lambda: action_chunks(training, Processor(spec, normalizers)))
+    policy = build(recipe, network, device, spec, normalizers)
     train_set = Dataset(training, policy.processor, config.shift)
     trainer = Trainer(policy, train_set, Dataset(held, policy.processor) if held else None, config, seed)
     if resume:
