@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +81,42 @@ def describe(checkpoint: Path, **parameters) -> Path:
     values = {"checkpoint": str(checkpoint), "strategy": "rtc_guided", "execution_horizon": 8} | parameters
     path.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
     return path
+
+
+def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
+    """Write a checkpoint of any recipe at its tiny size for the Panda, with random weights; its tool drifts along y.
+
+    A chunk lasts 1.6 s whatever its horizon. What the network adds is about a millimetre.
+    """
+    import torch
+    from vla_core.robot import load_robot
+    from vla_models import policy_class
+
+    kind = policy_class(recipe)
+    example, network = kind.preset("tiny")
+    names = dict(zip(example.cameras, ("scene", "wrist", *list(example.cameras)[2:]), strict=False))
+    spec = replace(
+        example,
+        name=folder.name,
+        cameras={names[camera]: size for camera, size in example.cameras.items()},
+        optional=tuple(names[camera] for camera in example.optional),
+        arms=("arm",),
+        joints={"arm": load_robot("panda").arms[0].joints},
+        state="pose",
+        action_space=ActionSpace(("arm",), "pose", (), "chunk", "base", "rotvec"),
+        period=1.6 / example.horizon,
+        fit="pad",
+        robot="panda",
+    )
+    offset = np.zeros((spec.horizon, spec.action_dim))
+    offset[:, 1] = velocity * spec.period * np.arange(spec.horizon)
+    offset[:, -1] = 0.5
+    normalizers = {
+        "state": Normalizer("mean_std", np.zeros(spec.state_dim), np.ones(spec.state_dim)),
+        "action": Normalizer("mean_std", offset, np.full_like(offset, 1e-3)),
+    }
+    torch.manual_seed(0)
+    policy = kind(spec, normalizers, network)
+    write_checkpoint(Checkpoint(spec, normalizers, asdict(policy.config)), folder)
+    write_tensors(folder / "model.safetensors", {k: v.numpy() for k, v in policy.network.state_dict().items()})
+    return folder

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from vla_core.actions import ActionSpace
@@ -9,6 +12,7 @@ from vla_models.episodes import Episode
 from vla_models.normalization import Normalizer
 from vla_models.policy import ArmState, PolicyObservation, PolicySpec
 
+sys.path.append(str(Path(__file__).parent))  # for parity.fixture
 TINY = {"flow": {"width": 32, "layers": 2, "heads": 2, "channels": (8, 16), "blocks": (0, 1), "points": 8},
         "act": {"width": 32, "heads": 2, "feedforward": 48, "encoder_layers": 1, "posterior_layers": 1,
                 "channels": (8, 16), "dropout": 0.1}}  # fmt: skip

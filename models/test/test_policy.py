@@ -124,3 +124,19 @@ def test_output_that_is_not_finite_is_refused(policy_of, observation_of):
     policy.network.action_out.bias.data.fill_(float("nan"))
     with pytest.raises(PolicyError, match="not finite"):
         policy.infer(observation_of())
+
+
+def test_a_policy_with_a_lead_begins_with_what_was_measured(policy_of, observation_of):
+    policy, plain = policy_of("flow", lead=1), policy_of("flow")
+    out, without = (p.infer(observation_of(), InferenceRequest(seed=1)).targets for p in (policy, plain))
+    _, anchor = policy.processor.inputs(observation_of())
+    np.testing.assert_array_equal(out[0], anchor)
+    np.testing.assert_array_equal(out[1:], without)
+
+
+def test_with_a_lead_the_remainder_counts_from_the_observation_all_the_same(policy_of, observation_of):
+    policy = policy_of("flow", lead=1)
+    remainder = policy.infer(observation_of(1), InferenceRequest(seed=1)).targets[2:]
+    request = InferenceRequest(remainder, delay=3, execution_horizon=2, guidance="prefix", seed=2)
+    out = policy.infer(observation_of(2), request)
+    assert out.prefix_steps == 3 and np.array_equal(out.targets[:3], remainder[:3])

@@ -17,7 +17,25 @@ ENTRY_POINTS = "vla_models.policies"
 #: The recipes of this package: name -> class.
 RECIPES = {
     "act": "vla_models.recipes.act:ActPolicy",
+    "diffusion_policy": "vla_models.recipes.diffusion_policy:DiffusionPolicy",
+    "fast_wam": "vla_models.recipes.fast_wam:FastWamPolicy",
     "flow": "vla_models.recipes.flow:SmallFlowPolicy",
+    "gr2": "vla_models.recipes.gr2:Gr2Policy",
+    "lingbot_va": "vla_models.recipes.lingbot_va:LingBotVaPolicy",
+    "octo": "vla_models.recipes.octo:OctoPolicy",
+    "openvla": "vla_models.recipes.openvla:OpenVlaPolicy",
+    "openvla_oft": "vla_models.recipes.openvla_oft:OpenVlaOftPolicy",
+    "pi0": "vla_models.recipes.pi0:Pi0Policy",
+    "pi05": "vla_models.recipes.pi05:Pi05Policy",
+    "pi06": "vla_models.recipes.pi06:Pi06Policy",
+    "pi0_fast": "vla_models.recipes.pi0_fast:Pi0FastPolicy",
+    "rdt": "vla_models.recipes.rdt:RdtPolicy",
+    "rt1": "vla_models.recipes.rt1:Rt1Policy",
+    "rt2": "vla_models.recipes.rt2:Rt2Policy",
+    "rth": "vla_models.recipes.rth:RthPolicy",
+    "smolvla": "vla_models.recipes.smolvla:SmolVlaPolicy",
+    "wall_oss": "vla_models.recipes.wall_oss:WallOssPolicy",
+    "wall_oss_fast": "vla_models.recipes.wall_oss_fast:WallOssFastPolicy",
 }
 RUNTIMES = ("torch", "onnx")
 
@@ -79,6 +97,7 @@ def load(
     threads: int = 0,
     steps: int | None = None,
     providers: Sequence[Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """The policy of a checkpoint folder, or of a published checkpoint (a folder, or its name on the Hugging Face hub).
 
@@ -86,7 +105,8 @@ def load(
 
     runtime: "torch" or "onnx". provider: where it runs: "cpu", "cuda", and with onnx "tensorrt". threads: of one
     inference, 0: the runtime's choice. steps: integration steps, None: the checkpoint's own. providers: execution
-    providers in ONNX Runtime's own words, instead of `provider`.
+    providers in ONNX Runtime's own words, instead of `provider`. settings: of a published checkpoint, on top of its
+    config.json, such as {"unnorm_key": name} for one that knows several data sets.
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be used.
     """
     from vla_models.policy import PolicyError
@@ -109,7 +129,7 @@ def load(
 
         folder = find_checkpoint(path)
         if (folder / "config.json").exists() and not (folder / "policy.json").exists():
-            return load_published(folder, provider, steps)
+            return load_published(folder, provider, steps, settings=settings)
     return load_torch(folder, provider=provider, threads=threads, steps=steps)
 
 

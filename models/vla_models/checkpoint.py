@@ -114,7 +114,7 @@ def write_tensors(
     """Write a safetensors file atomically."""
     from safetensors.numpy import save
 
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # 0-d stays 0-d
     write_atomically(Path(path), save(arrays, dict(metadata) if metadata else None))
 
 

@@ -49,15 +49,18 @@ class Dataset:
 
         camera/<name> (B, h, w, 3) uint8; tokens (B, context) int64; state (B, state_dim) and actions (B, H, dim)
         float32, normalised; padded (B, H) bool; present (B, cameras) bool. With a history of T observations
-        images and state have T after B.
+        images and state have T after B; with a future of F pictures future/<name> is (B, F, h, w, 3).
         """
         places = [self._place(int(index)) for index in indices]
         pick = [(self.episodes[e], t) for e, t in places]
         spec = self.processor.spec
-        out = {
-            f"camera/{name}": np.stack([self._picture(self._images(name, episode, t), rng) for episode, t in pick])
-            for name in spec.cameras
-        }
+        out = {}
+        for name in spec.cameras:
+            images = np.stack([self._picture(self._images(name, episode, t), rng) for episode, t in pick])
+            if spec.future:
+                out[f"future/{name}"] = images[:, -spec.future :]
+                images = images[:, : -spec.future] if spec.history > 1 else images[:, 0]
+            out[f"camera/{name}"] = images
         out["present"] = np.array([[name in episode.images for name in spec.cameras] for episode, _ in pick])
         anchor = np.stack([episode.anchor[t] for episode, t in pick])
         targets = np.stack([episode.targets[t] for episode, t in pick]).astype(np.float64)
@@ -78,10 +81,17 @@ class Dataset:
         return episode, index - int(self._ends[episode] - len(self.episodes[episode]))
 
     def _images(self, name: str, episode: Episode, tick: int) -> np.ndarray:
+        """What a camera saw at a tick and, for systems that learn from video, afterwards, stacked."""
+        spec = self.processor.spec
         if name not in episode.images:  # a camera that the policy can do without
-            spec = self.processor.spec
-            return np.zeros((*([spec.history] if spec.history > 1 else []), *spec.cameras[name], 3), np.uint8)
-        return self._seen(episode.images[name], episode, tick)
+            count = spec.history + spec.future
+            return np.zeros((*([count] if count > 1 else []), *spec.cameras[name], 3), np.uint8)
+        seen = self._seen(episode.images[name], episode, tick)
+        if not spec.future:
+            return seen
+        wanted = episode.times[tick] + spec.period * spec.horizon * np.arange(1, spec.future + 1) / spec.future
+        later = episode.images[name][np.abs(episode.times - wanted[:, None]).argmin(1)]
+        return np.concatenate([seen if spec.history > 1 else seen[None], later])
 
     def _seen(self, values: np.ndarray, episode: Episode, tick: int) -> np.ndarray:
         """What was seen at a tick: values[tick], or with a history those of the ticks nearest to each time, stacked."""

@@ -43,8 +43,8 @@ class Episode:
     """One demonstration with T ticks.
 
     images: camera -> (T, h, w, 3) uint8 at the network's size; cameras that the policy can do without may be missing.
-    state (T, state_dim) and anchor (T, target_dim) float64, raw. targets (T, H, target_dim) float32, absolute. valid (T,): actions that lie inside the episode.
-    times (T,): s, rising.
+    state (T, state_dim) and anchor (T, target_dim) float64, raw. targets (T, H, target_dim) float32, absolute. valid
+    (T,): actions that lie inside the episode. times (T,): s, rising.
     """
 
     name: str
@@ -100,7 +100,7 @@ def read_episode(folder: str | os.PathLike, robot: Robot, kinematics: Kinematics
         for name, track in images.items()
     }
     states = [{name: _arm_state(robot, kinematics, name, joints[name].sample(t)) for name in spec.arms} for t in ticks]
-    due = np.array(ticks)[:, None] + spec.period * np.arange(spec.horizon)
+    due = np.array(ticks)[:, None] + spec.period * (spec.lead + np.arange(spec.horizon))
     return Episode(
         name=Path(folder).name,
         instruction=_instruction(found),
@@ -137,6 +137,7 @@ def fingerprint(folder: Path, spec: PolicySpec) -> str:
         spec.robot,
         spec.fit,
         spec.optional,
+        spec.lead,
     ]
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()

@@ -8,10 +8,16 @@ drives:
     velocity_guided.onnx  context, x, tau (1, 1), target, weights -> velocity, pull
     velocity_prefix.onnx  context, x, tau (1, H) -> velocity
 
-`pull` is the guidance of Real-Time Chunking with the true vector-Jacobian product, J^T [W * (Y - x1)]: the
-backward pass of the network is part of the graph, so that guided sampling needs no automatic differentiation
-at run time. A policy that predicts in one pass becomes policy.onnx (image_<camera>..., tokens, state ->
-actions).
+and a diffusion policy, driven by that of `vla_models.diffusion` (L actions inside the network; time t of training):
+
+    encoder.onnx          as above
+    denoise.onnx          context, x (1, L, W), time (1,) int64 -> prediction
+    denoise_guided.onnx   context, x, time, target, weights (L,) -> prediction, pull
+
+A context of several tensors is context_0, context_1, ... `pull` is the guidance of Real-Time Chunking with the
+true vector-Jacobian product, J^T [W * (Y - x1)]: the backward pass of the network is part of the graph, so that
+guided sampling needs no automatic differentiation at run time. A policy that predicts in one pass becomes
+policy.onnx (image_<camera>..., tokens, state -> actions).
 
 One step instead of the whole unrolled sampler: any number of steps from one graph, a tenth of its size and of
 the time to export, load or build an engine from, for 50 us a step on a CPU. All shapes are static (batch of
@@ -31,6 +37,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import sys
@@ -38,14 +46,24 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vla_models.checkpoint import WEIGHTS_FILE, write_atomically
+from vla_models.denoising_policy import DenoisingPolicy, denoise_of
+from vla_models.diffusion import RtcDiffusionGuidance
 from vla_models.policy import PolicyError
-from vla_models.runtime_onnx import FINGERPRINT_KEY, GRAPHS_FOLDER, Graph, ProviderOptions, graph_names
+from vla_models.runtime_onnx import (
+    DIFFUSION_KEY,
+    FINGERPRINT_KEY,
+    GRAPHS_FOLDER,
+    Graph,
+    ProviderOptions,
+    graph_names,
+)
 from vla_models.safetensors_index import TensorPlace, fingerprint, index_tensors
 from vla_models.sampling import RtcGuidance
 from vla_models.torch_policy import FlowPolicy, Inputs, OnePassPolicy, TorchPolicy, load_torch, velocity_of
@@ -61,12 +79,14 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class GraphSource:
-    """One graph to be: `function` takes the tensors of `example` by name, returns one tensor an output."""
+    """One graph to be: `function` takes the tensors of `example` by name, returns one tensor an output. metadata: of
+    the graph, besides the mark of the weights."""
 
     name: str
     function: Callable[..., tuple[Tensor, ...]]
     example: Mapping[str, Tensor]
     outputs: tuple[str, ...]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,34 +158,61 @@ def graph_sources(policy: TorchPolicy, seed: int = 0) -> list[GraphSource]:
             return (network(as_inputs(inputs)),)
 
         return [GraphSource("policy", whole, example, ("actions",))]
-    if not isinstance(policy, FlowPolicy):
+    if not isinstance(policy, FlowPolicy | DenoisingPolicy):
         raise ExportError(f"recipe {spec.recipe!r}: no graphs are known for {type(policy).__name__}; expected "
-                          f"a subclass of FlowPolicy or OnePassPolicy")
-
-    def encode(**inputs: Tensor) -> tuple[Tensor, ...]:
-        return (network.encode(as_inputs(inputs)),)
-
-    def velocity(context: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
-        return (velocity_of(network, context)(x, tau),)
-
-    def guided(context: Tensor, x: Tensor, tau: Tensor, target: Tensor, weights: Tensor
-               ) -> tuple[Tensor, ...]:
-        return RtcGuidance(target, weights).pull(velocity_of(network, context), x, tau)
+                          f"a subclass of FlowPolicy, DenoisingPolicy or OnePassPolicy")
 
     with torch.no_grad():
-        (context,) = encode(**example)
-    chunk = policy.noise_shape
-    step = {"context": context, "x": normal(*chunk), "tau": torch.rand(1, 1, generator=generator)}
-    wish = {"target": normal(*chunk), "weights": torch.linspace(1, 0, spec.horizon)}
+        context = network.encode(as_inputs(example))
+    several = not isinstance(context, Tensor)
+    names = tuple(f"context_{i}" for i in range(len(context))) if several else ("context",)
+
+    def encode(**inputs: Tensor) -> tuple[Tensor, ...]:
+        found = network.encode(as_inputs(inputs))
+        return tuple(found) if several else (found,)
+
+    def context_in(values: Mapping[str, Tensor]) -> Any:
+        return tuple(values[name] for name in names) if several else values["context"]
+
+    encoder = GraphSource("encoder", encode, example, names)
+    chunk = (1, *policy.noise_shape[1:])
+    step = dict(zip(names, context if several else (context,), strict=True)) | {"x": normal(*chunk)}
+    wish = {"target": normal(*chunk), "weights": torch.linspace(1, 0, chunk[1])}
+    if isinstance(policy, DenoisingPolicy):
+        diffusion = network.diffusion
+        facts = {DIFFUSION_KEY: json.dumps({"past": getattr(network, "past", 0), **dataclasses.asdict(diffusion)})}
+
+        # Not "t": the exporter calls its transposes so.
+        def denoise(x: Tensor, time: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+            return (denoise_of(network, context_in(values))(x, time),)
+
+        def pulled(x: Tensor, time: Tensor, target: Tensor, weights: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+            guidance = RtcDiffusionGuidance(target, weights)
+            return guidance.pull(denoise_of(network, context_in(values)), diffusion, x, time)
+
+        step["time"] = torch.randint(0, diffusion.steps, (1,), generator=generator)
+        sources = [
+            encoder,
+            GraphSource("denoise", denoise, step, ("prediction",), facts),
+            GraphSource("denoise_guided", pulled, step | wish, ("prediction", "pull"), facts),
+        ]
+        return [source for source in sources if source.name in graph_names(spec, "denoise")]
+
+    def velocity(x: Tensor, tau: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        return (velocity_of(network, context_in(values))(x, tau),)
+
+    def guided(x: Tensor, tau: Tensor, target: Tensor, weights: Tensor, **values: Tensor) -> tuple[Tensor, ...]:
+        return RtcGuidance(target, weights).pull(velocity_of(network, context_in(values)), x, tau)
+
+    step["tau"] = torch.rand(1, 1, generator=generator)
     times = torch.where(torch.arange(spec.horizon) < spec.horizon // 3, 1.0, step["tau"])
     sources = [
-        GraphSource("encoder", encode, example, ("context",)),
+        encoder,
         GraphSource("velocity", velocity, step, ("velocity",)),
         GraphSource("velocity_guided", guided, step | wish, ("velocity", "pull")),
         GraphSource("velocity_prefix", velocity, step | {"tau": times}, ("velocity",)),
     ]
-    wanted = graph_names(spec, one_pass=False)
-    return [source for source in sources if source.name in wanted]
+    return [source for source in sources if source.name in graph_names(spec, "velocity")]
 
 
 def build_graph(source: GraphSource, shared: Mapping[bytes, tuple[str, TensorPlace]], mark: str
@@ -200,7 +247,7 @@ def build_graph(source: GraphSource, shared: Mapping[bytes, tuple[str, TensorPla
     for node in model.graph:
         node.metadata_props.clear()
     model.producer_name = "vla_models"
-    model.metadata_props[FINGERPRINT_KEY] = mark
+    model.metadata_props.update({FINGERPRINT_KEY: mark, **source.metadata})
     return onnx_ir.to_proto(model).SerializeToString(), facts
 
 
@@ -225,6 +272,8 @@ def _vary(value: Tensor, generator: torch.Generator) -> Tensor:
     """Other numbers of the same kind: floats shrink at random, indices change places."""
     if value.is_floating_point():
         return value * torch.rand(value.shape, generator=generator)
+    if value.ndim < 2:
+        return value[torch.randperm(len(value), generator=generator)]
     return value[:, torch.randperm(value.shape[1], generator=generator)]
 
 
@@ -236,6 +285,7 @@ def _convert(source: GraphSource):
 
     # ONNX has no backward operators: write them out in forward ones.
     backward = {op: way for op, way in decomposition_table.items() if "backward" in str(op)}
+    backward[torch.ops.aten.convolution_backward.default] = _convolution_backward
     names = list(source.example)
     values = tuple(source.example.values())
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
@@ -251,6 +301,22 @@ def _convert(source: GraphSource):
             message = str(cause).splitlines()[0]
             raise ExportError(f"{source.name}: cannot be written in ONNX: {message}") from error
     return program.model
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Any, stride: list[int],
+                          padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+                          groups: int, wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    """The gradient of a convolution by its input (no other is needed): the convolution transposed."""
+    if wanted[1] or wanted[2]:
+        return NotImplemented
+    rest = [0] * len(stride)
+    if not transposed:
+        for axis in range(len(stride)):
+            kernel = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+            reached = (grad.shape[2 + axis] - 1) * stride[axis] - 2 * padding[axis] + kernel
+            rest[axis] = x.shape[2 + axis] - reached
+    arguments = (None, stride, padding, dilation, not transposed, rest, groups)
+    return torch.ops.aten.convolution(grad, weight, *arguments), None, None
 
 
 @contextlib.contextmanager

@@ -20,10 +20,12 @@ from vla_core.actions import ActionSpace
 
 #: Ways in which a policy can be made to continue the running chunk.
 GUIDANCE = ("guided", "prefix")
-#: How an image of another shape becomes the network's: "stretch" it, or "pad" it with black above and below or beside.
-FITS = ("stretch", "pad")
-#: Contents of the state vector: "pose" is [position (3), 6D rotation (6), gripper] an arm, "joint" [q1..qn, gripper].
-STATES = ("pose", "joint")
+#: How an image of another shape becomes the network's: "stretch" it, "pad" it with black above and below or beside, or
+#: "pad_corner": with black above or to the left only (SmolVLA).
+FITS = ("stretch", "pad", "pad_corner")
+#: Contents of the state vector: "pose" is [position (3), 6D rotation (6), gripper] an arm, "joint" [q1..qn, gripper],
+#: "libero" (as in that benchmark's data) [position (3), axis times angle (3), gripper, -gripper].
+STATES = ("pose", "joint", "libero")
 
 
 class PolicyError(ValueError):
@@ -40,17 +42,21 @@ class PolicySpec:
 
     cameras: camera name -> (height, width) in pixels as the network wants them, in the network's order.
     arms: arm names, in the order of the state vector; equal to `action_space.arms`.
-    state: "pose" or "joint" (see STATES). joints: joint names of each arm ("joint" states and actions).
-    horizon: actions in a chunk, H. period: time between two actions, s; action 0 is due at the observation's time.
+    state: "pose", "joint" or "libero" (see STATES). joints: joint names of each arm ("joint" states and actions).
+    horizon: actions in a chunk, H. period: time between two actions, s; action 0 is due at the observation's time (but
+    see lead).
     guidance: what `InferenceRequest.guidance` may ask for besides "".
     steps: integration steps of the sampler (1: the policy predicts in one pass).
     prefix_limit: longest prefix seen in training, steps.
     tokenizer: how text becomes tokens: "words" (of `vocabulary`), "bytes", or a tokenizer.json beside the weights, by
     its name (see vla_models.tokenizer). vocabulary: words the policy knows, index 0 is padding; empty: the instruction
     is ignored. context: most tokens of a text. padding: token after its end. prompt: what is read, with {task} for
-    the instruction and {state} for the normalised state in 256 bins over [-1, 1].
-    history: observations a policy looks at, `period` apart, the newest last. fit: see FITS. optional: cameras that a
-    robot may lack; their images are then black, and marked as not there.
+    the instruction ({lower}: in small letters) and {state} for the normalised state in 256 bins over [-1, 1].
+    lead: periods from the observation to action 0. 1 is for policies that predict one step at a time: the chunk then
+    begins with what was measured. history: observations a policy looks at, `period` apart, the newest last. fit: see FITS. optional: cameras that a
+    robot may lack; their images are then black, and marked as not there. shift: of the sampler's flow times (see
+    vla_models.sampling.flow_times). future: pictures of each camera after the observation that training looks at,
+    evenly over the time of a chunk, the last one at its end (video models).
     temperature: scale of the noise that a sampler starts from. 1: samples of what was demonstrated. 0: near the mean,
     and deterministic; more exact where there is one way to do the task, wrong where there are several.
     """
@@ -77,6 +83,9 @@ class PolicySpec:
     history: int = 1
     fit: str = "stretch"
     optional: tuple[str, ...] = ()
+    shift: float = 1.0
+    future: int = 0
+    lead: int = 0
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -97,21 +106,27 @@ class PolicySpec:
                 f"policy {self.name}: horizon, period, steps and history must be positive, found "
                 f"{self.horizon}, {self.period}, {self.steps}, {self.history}"
             )
+        if self.lead not in (0, 1):
+            raise PolicyError(f"policy {self.name}: lead must be 0 or 1, found {self.lead}")
         if self.fit not in FITS:
             raise PolicyError(f"policy {self.name}: fit must be one of {FITS}, found {self.fit!r}")
         if unknown := set(self.optional) - set(self.cameras):
             raise PolicyError(f"policy {self.name}: optional: expected cameras of the policy, found {sorted(unknown)}")
         try:
-            self.prompt.format(task="", state="")
+            self.prompt.format(task="", lower="", state="")
         except (KeyError, IndexError, ValueError) as error:
-            raise PolicyError(f"policy {self.name}: prompt: expected {{task}} and {{state}}, found {error}") from error
+            raise PolicyError(
+                f"policy {self.name}: prompt: expected {{task}}, {{lower}} and {{state}}, found {error}"
+            ) from error
         if not 0 <= self.temperature < float("inf"):
             raise PolicyError(f"policy {self.name}: temperature must be 0 or more, found {self.temperature}")
 
     @property
     def reads_instruction(self) -> bool:
         """Whether the instruction changes what the policy does."""
-        return bool(self.vocabulary) if self.tokenizer == "words" else "{task}" in self.prompt
+        if self.tokenizer == "words":
+            return bool(self.vocabulary)
+        return "{task}" in self.prompt or "{lower}" in self.prompt
 
     @property
     def example_instruction(self) -> str:
@@ -121,10 +136,15 @@ class PolicySpec:
         return "pick" if self.reads_instruction else ""
 
     @property
+    def length(self) -> int:
+        """Targets in a chunk: the actions, after the measured state where there is a lead."""
+        return self.horizon + self.lead
+
+    @property
     def state_dim(self) -> int:
         """Length of the state vector."""
-        if self.state == "pose":
-            return 10 * len(self.arms)
+        if self.state != "joint":
+            return {"pose": 10, "libero": 8}[self.state] * len(self.arms)
         return sum(len(self.joints[arm]) + 1 for arm in self.arms)
 
     @property
@@ -223,7 +243,7 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """targets (H, target_dim): absolute, base frame, vla_msgs/ActionTrajectory layout; action 0 is due at the
+    """targets (length, target_dim): absolute, base frame, vla_msgs/ActionTrajectory layout; the first is due at the
     observation's time. timings: stage -> s. prefix_steps: leading targets that repeat the request's remainder."""
 
     targets: np.ndarray
@@ -285,7 +305,10 @@ class Policy(ABC):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that `run` takes: (1, H, W), W numbers an action inside the network (>= action_dim)."""
+        """Shape of the noise that `run` takes: (1, H, W), W numbers an action inside the network (>= action_dim).
+
+        A sampler that adds noise on its way takes that too, along the first axis; a network may make more than H.
+        """
         return (1, self.spec.horizon, self.spec.action_dim)
 
     @abstractmethod
@@ -325,9 +348,10 @@ class Policy(ABC):
         if not np.all(np.isfinite(actions)):
             raise PolicyError(f"policy {self.spec.name}: the network's output is not finite")
         targets = self.processor.targets(actions[0], anchor)
+        targets = np.concatenate([np.repeat(anchor[None], self.spec.lead, 0), targets])
         steps = 0
         if prefix is not None and prefix.mode == "prefix":
-            steps = int(prefix.known.sum())
+            steps = int(prefix.known.sum()) + self.spec.lead
             targets[:steps] = request.remainder[:steps]
         timings["decode"] = time.perf_counter() - decode
         timings["total"] = time.perf_counter() - start

@@ -32,10 +32,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int], fit: str = "stretch")
         raise PolicyError(f"image: expected (H, W, 3) uint8, found {image.shape} {image.dtype}")
     if image.shape[:2] == tuple(size):
         return np.ascontiguousarray(image)
-    if fit == "pad":
+    if fit in ("pad", "pad_corner"):
         scale = max(image.shape[0] / size[0], image.shape[1] / size[1])
         height, width = max(1, int(image.shape[0] / scale)), max(1, int(image.shape[1] / scale))
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        share = 2 if fit == "pad" else 1
+        top, left = (size[0] - height) // share, (size[1] - width) // share
         out = np.zeros((*size, 3), np.uint8)
         out[top : top + height, left : left + width] = resize_image(image, (height, width))
         return out
@@ -48,17 +49,29 @@ def image_tensor(images: np.ndarray) -> np.ndarray:
 
 
 def state_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray:
-    """(state_dim,) float64, raw: "pose" [position m, 6D rotation, opening] an arm, "joint" [q1..qn rad, opening]."""
+    """(state_dim,) float64, raw, in m, rad and openings; see vla_models.policy.STATES."""
     parts = []
     for name in spec.arms:
         arm = _arm(spec, state, name)
         if spec.state == "pose":
             matrix = se3.pose_to_matrix(np.asarray(arm.tool, float))
-            parts += [matrix[:3, 3], se3.matrix_to_rot6d(matrix[:3, :3])]
+            parts += [matrix[:3, 3], se3.matrix_to_rot6d(matrix[:3, :3]), [arm.gripper]]
+        elif spec.state == "libero":
+            parts += [np.asarray(arm.tool[:3], float), axis_angle(arm.tool[3:]), [arm.gripper, -arm.gripper]]
         else:
-            parts.append(_joints(spec, name, arm))
-        parts.append([arm.gripper])
+            parts += [_joints(spec, name, arm), [arm.gripper]]
     return np.concatenate(parts)
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """(4,) xyzw -> axis times angle (3,), of the two that mean the same the one with x >= 0 and an angle up to 2 pi.
+
+    So there is no jump where a gripper points straight down (a half turn about x), as there is at the end of [0, pi].
+    """
+    x = np.asarray(quaternion, float) / np.linalg.norm(quaternion)
+    x = -x if x[0] < 0 else x
+    length = np.linalg.norm(x[:3])
+    return x[:3] * (2.0 if length < 1e-9 else 2.0 * np.arctan2(length, x[3]) / length)
 
 
 def anchor_vector(spec: PolicySpec, state: Mapping[str, ArmState]) -> np.ndarray:
@@ -112,9 +125,10 @@ class Processor:
         """(context,) int64 of the prompt. state: (state_dim,), normalised."""
         prompt = self.spec.prompt
         if "{state}" not in prompt:
-            return self.tokenizer.encode(prompt.format(task=instruction, state=""))
+            return self.tokenizer.encode(prompt.format(task=instruction, lower=instruction.lower(), state=""))
         bins = np.clip(np.floor((state + 1.0) * 128.0), -1, 255).astype(int)
-        return self.tokenizer.encode(prompt.format(task=instruction, state=" ".join(map(str, bins))))
+        written = " ".join(map(str, bins))
+        return self.tokenizer.encode(prompt.format(task=instruction, lower=instruction.lower(), state=written))
 
     def _picture(self, frame: PolicyObservation, camera: str, size: tuple[int, int]) -> np.ndarray:
         if camera not in frame.images:
@@ -138,15 +152,16 @@ class Processor:
 
         width: numbers an action inside the network; beyond those of the action space the target is 0, as in training.
         """
-        if not request.guidance or request.remainder is None or len(request.remainder) == 0:
-            return None
         spec = self.spec
+        if not request.guidance or request.remainder is None or len(request.remainder) <= spec.lead:
+            return None
         if request.guidance not in spec.guidance:
             raise PolicyError(
                 f"policy {spec.name}: guidance {request.guidance!r} is not supported; it supports "
                 f"{list(spec.guidance) or 'none'}"
             )
-        remainder = np.asarray(request.remainder, float)[: spec.horizon]
+        remainder = np.asarray(request.remainder, float)[spec.lead : spec.length]
+        steps = max(request.delay - spec.lead, 0)
         if remainder.ndim != 2 or remainder.shape[1] != spec.target_dim:
             raise PolicyError(
                 f"policy {spec.name}: remainder: expected (K, {spec.target_dim}), found {remainder.shape}"
@@ -161,9 +176,9 @@ class Processor:
 
             # Beyond the remainder there is only padding: guide no further.
             horizon = min(max(request.execution_horizon, spec.horizon - length), spec.horizon)
-            delay = min(max(request.delay, 0), spec.horizon)
+            delay = min(steps, spec.horizon)
             weights = prefix_weights(spec.horizon, delay, horizon, request.schedule).astype(np.float32)
-        known = np.arange(spec.horizon) < min(max(request.delay, 0), length, spec.prefix_limit)
+        known = np.arange(spec.horizon) < min(steps, length, spec.prefix_limit)
         return ChunkPrefix(request.guidance, target, weights, known[None], float(request.beta))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that others published, under their own names of tensors and settings: `vla_models.load(path or hub name)`.
+"""Checkpoints that others published, under their own names of tensors and settings (`vla_models.load`).
 
 A recipe states what it can read: `TorchPolicy.published` lists rules from published names to its own, and
 `TorchPolicy.read_published` makes specification, settings and normalisers of the files beside the weights. Every
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,47 @@ from torch import Tensor, nn
 from vla_models.policy import CheckpointError
 
 #: `type` (LeRobot) or `model_type` (transformers) in a published config.json -> recipe.
-FORMATS = {"act": "act"}
+FORMATS = {
+    "act": "act",
+    "diffusion": "diffusion_policy",
+    "fastwam": "fast_wam",
+    "lingbot_va": "lingbot_va",
+    "openvla": "openvla",
+    "pi0": "pi0",
+    "pi05": "pi05",
+    "pi0_fast": "pi0_fast",
+    "qwen2_5_vl": "wall_oss",
+    "smolvla": "smolvla",
+    "wall_x": "wall_oss",
+}
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+#: type -> ((file, recipe), ...): a checkpoint of that type that has such a file is of that recipe.
+VARIANTS = {
+    "openvla": (("action_head*", "openvla_oft"),),
+    "qwen2_5_vl": (("fast", "wall_oss_fast"),),
+    "wall_x": (("fast", "wall_oss_fast"),),
+}
+#: Recipe -> settings that only its config.json has, where it says no type.
+SIGNS = {
+    "octo": ("model", "window_size", "text_processor"),
+    "rdt": ("pred_horizon", "img_cond_len", "lang_token_dim"),
+}
+#: Files of a checkpoint that are downloaded from a hub; the last is looked for and never read where it is a pickle.
+KEPT = ("*.json", "*.safetensors", "*.model", "*.txt", "action_head*")
 
 
 @dataclass(frozen=True)
 class Rule:
     r"""Names that match the whole of `pattern` (a regular expression) become `name` (with \1 for its groups).
 
-    name None: the tensors are left out, for the reason `why`. change: from the published tensor to ours.
+    name None: the tensors are left out, for the reason `why`. A name and `why`: they are left out for that reason where
+    the network has no tensor of that name (layers that are never computed). Several names: the tensor is cut along its
+    first axis into as many equal parts (fused projections). change: from the published tensor to ours, before it is
+    cut.
     """
 
     pattern: str
-    name: str | None
+    name: str | tuple[str, ...] | None
     why: str = ""
     change: Callable[[Tensor], Tensor] | None = None
 
@@ -48,11 +77,11 @@ class TensorFiles:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         for file in self._found():
             try:
                 handle = safe_open(file, "pt")
-                self._files |= dict.fromkeys(handle.keys(), handle)
+                self._files |= {name: (handle, name) for name in handle.keys()}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file}: cut short or not a safetensors file: {error}") from error
 
@@ -64,10 +93,13 @@ class TensorFiles:
                 return [self.path / name]
             index = self.path / f"{name}.index.json"
             if index.is_file():
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                if missing := [shard for shard in shards if not (self.path / Path(shard).name).is_file()]:
+                try:
+                    shards = sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise CheckpointError(f"{index}: expected an index of shards, found {error!r}") from error
+                if missing := [shard for shard in shards if not (self.path / shard).is_file()]:
                     raise CheckpointError(f"{index}: expected {len(shards)} files, found no {missing[0]!r}")
-                return [self.path / Path(shard).name for shard in shards]
+                return [self.path / shard for shard in shards]
         pickled = sorted(p.name for p in self.path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         hint = f"; {pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else ""
         raise CheckpointError(f"{self.path}: expected {' or '.join(WEIGHTS)} or an index of shards, found none{hint}")
@@ -75,10 +107,19 @@ class TensorFiles:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Published name -> shape."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+        return {name: tuple(file.get_slice(own).get_shape()) for name, (file, own) in self._files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        file, own = self._files[name]
+        return file.get_tensor(own)
+
+    def alias(self, name: str, other: str) -> None:
+        """Also hold the tensor `other` under `name`: tied weights that were saved once."""
+        self._files[name] = self._files[other]
+
+    def join(self, prefix: str, path: str | Path) -> None:
+        """Also hold the tensors of another file or folder, with `prefix` before their names."""
+        self._files |= {prefix + name: place for name, place in TensorFiles(path)._files.items()}
 
 
 def translate(names: Iterable[str], rules: Sequence[Rule]) -> tuple[dict[str, list[tuple[str, Rule]]], dict[str, str]]:
@@ -95,12 +136,24 @@ def translate(names: Iterable[str], rules: Sequence[Rule]) -> tuple[dict[str, li
                 continue
             if rule.name is None:
                 left[name] = rule.why
-            else:
+            elif isinstance(rule.name, str):
                 ours.setdefault(match.expand(rule.name), []).append((name, rule))
+            else:
+                for i, part in enumerate(rule.name):
+                    ours.setdefault(match.expand(part), []).append((name, replace(rule, change=_part(rule, i))))
             break
         else:
             raise CheckpointError(f"tensor {name!r}: unknown; no rule of the recipe explains it")
     return ours, left
+
+
+def _part(rule: Rule, index: int) -> Callable[[Tensor], Tensor]:
+    """From the published tensor to the `index`-th of the equal parts that `rule` cuts it into."""
+
+    def change(value: Tensor) -> Tensor:
+        return (rule.change(value) if rule.change else value).tensor_split(len(rule.name))[index]
+
+    return change
 
 
 def fill(network: nn.Module, files: TensorFiles, rules: Sequence[Rule], finite: bool = True) -> dict[str, str]:
@@ -116,18 +169,22 @@ def fill(network: nn.Module, files: TensorFiles, rules: Sequence[Rule], finite: 
     state = network.state_dict()
     if missing := sorted(set(state) - set(ours)):
         raise CheckpointError(f"{files.path}: {len(missing)} tensors missing, first {missing[0]!r} (our name)")
+    for name in set(ours) - set(state):
+        if all(rule.why for _, rule in ours[name]):
+            left |= {published: rule.why for published, rule in ours.pop(name)}
     if extra := sorted(set(ours) - set(state)):
         raise CheckpointError(f"{files.path}: {len(extra)} unknown tensors, first {ours[extra[0]][0][0]!r}")
     for name, sources in ours.items():
         value: Tensor | None = None
         for published, rule in sources:
             found = files[published]
-            found = rule.change(found) if rule.change else found
+            with suppress(RuntimeError, IndexError):  # of more or fewer axes: judged by its shape
+                found = rule.change(found) if rule.change else found
             if found.shape != state[name].shape:
                 raise CheckpointError(
                     f"{files.path}: {published}: expected shape {tuple(state[name].shape)}, found {tuple(found.shape)}"
                 )
-            if value is not None and not torch.equal(value, found):
+            if value is not None and not (value.dtype == found.dtype and torch.equal(value, found)):
                 raise CheckpointError(f"{files.path}: {published}: expected a copy of {sources[0][0]}, found another")
             value = found
         if finite and value.is_floating_point() and not torch.isfinite(value).all():
@@ -149,10 +206,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, kept: Sequence[str] = KEPT) -> Path:
     """The folder of a checkpoint: a local one, or a hub name (owner/name), which is downloaded.
 
-    Raises CheckpointError when it is neither.
+    kept: patterns of the files to download. Raises CheckpointError when it is neither.
     """
     folder = Path(path).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -160,21 +217,34 @@ def find_checkpoint(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        kept = ["*.json", "*.safetensors", "*.model", "*.txt"]
-        return Path(snapshot_download(str(path), allow_patterns=kept))
+        return Path(snapshot_download(str(path), allow_patterns=list(kept)))
     except Exception as error:  # many kinds, of several packages
         raise CheckpointError(f"checkpoint {path}: no folder of that name, and the hub says: {error}") from error
 
 
-def load_published(folder: Path, device: str = "cpu", steps: int | None = None, finite: bool = True) -> Any:
-    """The policy of a published checkpoint. Raises CheckpointError."""
-    from vla_models import policy_class
-
-    config = read_config(folder)
+def recipe_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """The recipe that reads a published checkpoint. Raises CheckpointError when there is none."""
     said = config.get("type") or config.get("model_type")
+    for recipe, signs in SIGNS.items():
+        if said is None and set(signs) <= set(config):
+            return recipe
     if said not in FORMATS:
         raise CheckpointError(f"{folder / 'config.json'}: expected a type among {sorted(FORMATS)}, found {said!r}")
-    kind = policy_class(FORMATS[said])
+    return next((recipe for file, recipe in VARIANTS.get(said, ()) if any(folder.glob(file))), FORMATS[said])
+
+
+def load_published(
+    folder: Path,
+    device: str = "cpu",
+    steps: int | None = None,
+    finite: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """The policy of a published checkpoint. settings: on top of its config.json. Raises CheckpointError."""
+    from vla_models import policy_class
+
+    config = read_config(folder) | dict(settings or {})
+    kind = policy_class(recipe_of(folder, config))
     files = TensorFiles(folder)
     spec, network, normalizers = kind.read_published(folder, config, files)
     policy = kind(spec, normalizers, network, device, steps, folder)

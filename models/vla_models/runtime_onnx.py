@@ -1,4 +1,4 @@
-"""Policies on ONNX Runtime: the graphs of `vla_models.export`, driven by the same sampler as on torch.
+"""Policies on ONNX Runtime: the graphs of `vla_models.export`, driven by the same samplers as on torch.
 
 Nothing here imports torch: Real-Time Chunking, its vector-Jacobian product included, runs with NumPy and ONNX
 Runtime.
@@ -6,6 +6,7 @@ Runtime.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import onnxruntime
 
 from vla_models.checkpoint import WEIGHTS_FILE, Checkpoint, read_checkpoint
+from vla_models.diffusion import Diffusion, RtcDiffusionGuidance, diffusion_guidance, sample_diffusion
 from vla_models.policy import CheckpointError, ChunkPrefix, ModelInputs, Policy, PolicyError, PolicySpec
 from vla_models.safetensors_index import fingerprint, index_tensors
 from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
@@ -25,6 +27,8 @@ from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_fl
 GRAPHS_FOLDER = "onnx"
 #: Key of a graph's metadata: SHA-256 of the weights it points into.
 FINGERPRINT_KEY = "vla.weights.sha256"
+#: Key of the metadata of a denoising graph: JSON of its Diffusion's fields, and `past` (see DenoisingPolicy).
+DIFFUSION_KEY = "vla.diffusion"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider parameter -> execution provider that must be there.
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
@@ -81,12 +85,15 @@ def engine_cache(mark: str) -> Path:
     return root / "vla" / "tensorrt" / f"{mark[:16]}-{gpu}-ort{onnxruntime.__version__}"
 
 
-def graph_names(spec: PolicySpec, one_pass: bool) -> list[str]:
-    """Names of the graphs that a policy needs. one_pass: it predicts without integration steps."""
-    if one_pass:
+def graph_names(spec: PolicySpec, kind: str) -> list[str]:
+    """Names of the graphs that a policy needs.
+
+    kind: "policy" (predicts in one pass), "velocity" (integrates a flow) or "denoise" (undoes a diffusion).
+    """
+    if kind == "policy":
         return ["policy"]
-    optional = {"guided": "velocity_guided", "prefix": "velocity_prefix"}
-    return ["encoder", "velocity", *(optional[way] for way in spec.guidance)]
+    optional = {"guided": [f"{kind}_guided"], "prefix": ["velocity_prefix"] if kind == "velocity" else []}
+    return ["encoder", kind, *(name for way in spec.guidance for name in optional[way])]
 
 
 class Graph:
@@ -147,6 +154,10 @@ class OnnxPolicy(Policy):
         super().__init__(checkpoint.spec, checkpoint.normalizers, checkpoint.folder)
         self.graphs = dict(graphs)
         self.steps = steps or checkpoint.spec.steps
+        if "denoise" in self.graphs:
+            settings = json.loads(self.graphs["denoise"].metadata[DIFFUSION_KEY])
+            self.past = settings.pop("past")
+            self.diffusion = Diffusion(**settings)
 
     @property
     def runtime(self) -> str:
@@ -160,6 +171,8 @@ class OnnxPolicy(Policy):
     def noise_shape(self) -> tuple[int, ...]:
         if "velocity" in self.graphs:
             return self.graphs["velocity"].inputs["x"]
+        if "denoise" in self.graphs:
+            return (1 + self.diffusion.draws(self.steps), *self.graphs["denoise"].inputs["x"][1:])
         return super().noise_shape
 
     def run(self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None,
@@ -172,12 +185,28 @@ class OnnxPolicy(Policy):
             (actions,) = self.graphs["policy"](values)
             timings["sample"] = time.perf_counter() - start
             return actions
-        (context,) = self.graphs["encoder"](values, keep=True)
+        encoder = self.graphs["encoder"]
+        context = dict(zip(encoder.outputs, encoder(values, keep=True), strict=True))
         encoded = time.perf_counter()
-        sample = sample_flow(self._velocity(context), noise, self.steps, self._guidance(context, prefix))
+        sample = (self._denoised if "denoise" in self.graphs else self._integrated)(context, noise, prefix)
         timings["encode"] = encoded - start
         timings["sample"] = time.perf_counter() - encoded
         return sample
+
+    def _integrated(self, context: Mapping[str, Any], noise: np.ndarray, prefix: ChunkPrefix | None) -> np.ndarray:
+        guidance = self._guidance(context, prefix)
+        return sample_flow(self._velocity(context), noise, self.steps, guidance, self.spec.shift)
+
+    def _denoised(self, context: Mapping[str, Any], noise: np.ndarray, prefix: ChunkPrefix | None) -> np.ndarray:
+        def denoise(x: np.ndarray, t: int) -> np.ndarray:
+            return self.graphs["denoise"]({**context, "x": x, "time": np.array([t])})[0]
+
+        guidance = diffusion_guidance(prefix, self.past, noise.shape[1])
+        if isinstance(guidance, RtcDiffusionGuidance):
+            guidance = _GraphDiffusionGuidance(self.graphs["denoise_guided"], context, guidance)
+        noise = noise[:, None]
+        sample = sample_diffusion(denoise, self.diffusion, noise[0], noise[1:], self.steps, guidance)
+        return sample[:, self.past : self.past + self.spec.horizon]
 
     def warm_up(self) -> None:
         """Run each graph once on zeros: kernels, engines and memory are there for the first inference."""
@@ -187,18 +216,19 @@ class OnnxPolicy(Policy):
                              np.zeros((1, spec.context), np.int64),
                              np.zeros((1, *time, spec.state_dim), np.float32), np.ones((1, len(spec.cameras)), bool))
         noise = np.zeros(self.noise_shape, np.float32)
+        target = np.zeros((1, spec.horizon, noise.shape[-1]), np.float32)
         for mode in ("", *spec.guidance):
-            prefix = ChunkPrefix(mode, noise, noise[0, :, 0], np.zeros(noise.shape[:2], bool), 1.0)
+            prefix = ChunkPrefix(mode, target, target[0, :, 0], np.zeros(target.shape[:2], bool), 1.0)
             self.run(inputs, noise, prefix if mode else None, {})
 
-    def _velocity(self, context: Any) -> Callable[[np.ndarray, Any], np.ndarray]:
+    def _velocity(self, context: Mapping[str, Any]) -> Callable[[np.ndarray, Any], np.ndarray]:
         def velocity(x: np.ndarray, tau: Any) -> np.ndarray:
             name = "velocity_prefix" if isinstance(tau, np.ndarray) else "velocity"
-            return self.graphs[name]({"context": context, "x": x, "tau": _times(tau)})[0]
+            return self.graphs[name]({**context, "x": x, "tau": _times(tau)})[0]
 
         return velocity
 
-    def _guidance(self, context: Any, prefix: ChunkPrefix | None) -> Guidance | None:
+    def _guidance(self, context: Mapping[str, Any], prefix: ChunkPrefix | None) -> Guidance | None:
         if prefix is None:
             return None
         if prefix.mode == "prefix":
@@ -209,14 +239,27 @@ class OnnxPolicy(Policy):
 class _GraphGuidance(RtcGuidance):
     """RTC guidance whose velocity and vector-Jacobian product come from one graph."""
 
-    def __init__(self, graph: Graph, context: Any, prefix: ChunkPrefix):
+    def __init__(self, graph: Graph, context: Mapping[str, Any], prefix: ChunkPrefix):
         super().__init__(prefix.target, prefix.weights, prefix.beta)
         self.graph = graph
-        self.constant = {"context": context, "target": prefix.target, "weights": prefix.weights}
+        self.constant = {**context, "target": prefix.target, "weights": prefix.weights}
 
     def pull(self, velocity: Any, x: np.ndarray, tau: Any) -> tuple[np.ndarray, np.ndarray]:
         v, pull = self.graph({**self.constant, "x": x, "tau": _times(tau)})
         return v, pull
+
+
+class _GraphDiffusionGuidance(RtcDiffusionGuidance):
+    """The same for a diffusion."""
+
+    def __init__(self, graph: Graph, context: Mapping[str, Any], guidance: RtcDiffusionGuidance):
+        super().__init__(guidance.target, guidance.weights, guidance.beta)
+        self.graph = graph
+        self.constant = {**context, "target": guidance.target, "weights": guidance.weights}
+
+    def pull(self, denoise: Any, diffusion: Diffusion, x: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray]:
+        prediction, pull = self.graph({**self.constant, "x": x, "time": np.array([t])})
+        return prediction, pull
 
 
 def _times(tau: Any) -> np.ndarray:
@@ -243,8 +286,9 @@ def load_onnx(path: str | os.PathLike, provider: str = "cpu", threads: int = 0, 
         chosen = ProviderOptions(tuple(providers))
     folder = checkpoint.folder / GRAPHS_FOLDER
     one_pass = not (folder / "encoder.onnx").exists() and (folder / "policy.onnx").exists()
+    kind = "policy" if one_pass else "denoise" if (folder / "denoise.onnx").exists() else "velocity"
     graphs = {}
-    for name in graph_names(checkpoint.spec, one_pass):
+    for name in graph_names(checkpoint.spec, kind):
         file = folder / f"{name}.onnx"
         if not file.exists():
             raise CheckpointError(f"{file}: missing; make it with: python -m vla_models.export {path}")
@@ -262,10 +306,14 @@ def _check(graph: Graph, file: Path, spec: PolicySpec, mark: str) -> None:
                               f"again with: python -m vla_models.export {file.parent.parent}")
     time = (spec.history,) if spec.history > 1 else ()
     expected = {f"image_{camera}": (1, *time, 3, *size) for camera, size in spec.cameras.items()}
-    expected |= {"tokens": (1, spec.context), "state": (1, *time, spec.state_dim), "weights": (spec.horizon,)}
+    expected |= {"tokens": (1, spec.context), "state": (1, *time, spec.state_dim)}
+    # A denoiser's chunk may be longer than the policy's.
+    longer = DIFFUSION_KEY in graph.metadata and graph.inputs["x"][1] > spec.horizon
+    length = graph.inputs["x"][1] if longer else spec.horizon
+    expected["weights"] = (length,)
     for name, shape in graph.inputs.items():
-        if name in ("x", "target") and (shape[:2] != (1, spec.horizon) or shape[2] < spec.action_dim):
-            raise CheckpointError(f"{file}: input {name!r}: expected shape (1, {spec.horizon}, {spec.action_dim} or "
+        if name in ("x", "target") and (shape[:2] != (1, length) or shape[2] < spec.action_dim):
+            raise CheckpointError(f"{file}: input {name!r}: expected shape (1, {length}, {spec.action_dim} or "
                                   f"more), found {shape}")
         if name in expected and shape != expected[name]:
             raise CheckpointError(f"{file}: input {name!r}: expected shape {expected[name]}, found {shape}")

@@ -100,18 +100,32 @@ def guidance_weight(tau: float, beta: float) -> float:
     return min(beta, (tau**2 + (1 - tau) ** 2) / (tau * (1 - tau))) if tau > 0 else beta
 
 
-def sample_flow(velocity: Velocity, noise: Array, steps: int, guidance: Guidance | None = None) -> Array:
+def flow_times(steps: int, shift: float = 1.0) -> list[float]:
+    """The steps + 1 flow times from 0 to 1 between which a sampler steps.
+
+    shift: 1 spaces them evenly; more takes smaller steps near the noise: tau becomes tau / (tau + shift (1 - tau))
+    (Esser et al., arXiv 2403.03206, section 5.3.2).
+    """
+    even = [step / steps for step in range(steps + 1)]
+    return [tau / (tau + shift * (1 - tau)) for tau in even]
+
+
+def sample_flow(
+    velocity: Velocity, noise: Array, steps: int, guidance: Guidance | None = None, shift: float = 1.0
+) -> Array:
     """Integrate dx/dtau = velocity(x, tau) from `noise` at tau = 0 to 1 with `steps` Euler steps.
 
-    noise: (..., H, D), or (H,). Returns the sample, shaped as the noise. Raises ValueError when steps < 1.
+    noise: (..., H, D), or (H,). shift: of the flow times. Returns the sample, shaped as the noise. Raises ValueError
+    when steps < 1.
     """
     if steps < 1:
         raise ValueError(f"sample_flow: steps must be at least 1, found {steps}")
     guidance = guidance or Guidance()
     x = noise
-    for step in range(steps):
+    times = flow_times(steps, shift)
+    for now, then in zip(times, times[1:], strict=False):
         x = guidance.clamp(x)
-        x = x + guidance.velocity(velocity, x, step / steps) / steps
+        x = x + guidance.velocity(velocity, x, now) * (then - now)
     return guidance.clamp(x)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,12 +49,14 @@ class Batch(NamedTuple):
     """Training samples on the network's device.
 
     actions (B, H, dim) float32, normalised; padded (B, H) bool, actions past the end of the episode (the last one
-    held).
+    held). future: what the cameras saw afterwards, one (B, F, 3, h, w) a camera, evenly over the time of the actions, the
+    last one at its end; for systems that learn from video, empty where it is not at hand.
     """
 
     inputs: Inputs
     actions: Tensor
     padded: Tensor
+    future: tuple[Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,14 @@ class TorchPolicy(Policy):
             raise PolicyError(f"config: expected one of {sorted(cls.presets)} or a mapping, found {name!r}")
         preset = cls.presets[name]
         return example_spec(cls.name(), **{**cls.contract, **preset.spec}), preset.network
+
+    @classmethod
+    def fitted(cls, network: Mapping[str, Any], chunks: Callable[[], np.ndarray]) -> Mapping[str, Any]:
+        """Settings of the network with those that are fitted to data before training (an action tokeniser).
+
+        network: settings as given. chunks: gives recorded actions (N, H, action_dim), normalised.
+        """
+        return network
 
     @classmethod
     def read_published(
@@ -186,6 +196,7 @@ class FlowPolicy(TorchPolicy):
                 torch.from_numpy(noise).to(self.device),
                 self.steps,
                 guidance_of(prefix),
+                self.spec.shift,
             )
         actions = sample.float().cpu().numpy()
         timings["encode"] = encoded - start

@@ -198,14 +198,22 @@ class Trainer:
 
     def to_batch(self, arrays: Mapping[str, np.ndarray], generator: torch.Generator | None) -> Batch:
         """Arrays of `Dataset.batch` as tensors on the device; colours are changed when `generator` is given."""
-        images = []
-        for name in self.policy.spec.cameras:
-            image = torch.from_numpy(np.ascontiguousarray(arrays[f"camera/{name}"])).to(self.device)
+        spec, images, future = self.policy.spec, [], []
+        for name in spec.cameras:
+            image = arrays[f"camera/{name}"]
+            if spec.future:  # changed like what is seen now
+                now = image if spec.history > 1 else image[:, None]
+                image = np.concatenate([now, arrays[f"future/{name}"]], 1)
+            image = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
             image = image.movedim(-1, -3).float() / 255.0
-            images.append(image if generator is None else jitter(image, self.config.jitter, generator))
+            image = image if generator is None else jitter(image, self.config.jitter, generator)
+            if spec.future:
+                future.append(image[:, -spec.future :])
+                image = image[:, : -spec.future] if spec.history > 1 else image[:, 0]
+            images.append(image)
         names = ("tokens", "state", "present", "actions", "padded")
         tokens, state, present, actions, padded = (torch.from_numpy(arrays[name]).to(self.device) for name in names)
-        return Batch(Inputs(tuple(images), tokens, state, present), actions, padded)
+        return Batch(Inputs(tuple(images), tokens, state, present), actions, padded, tuple(future))
 
     def save(self, folder: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Write the checkpoint and the training's state, each file atomically."""

@@ -16,24 +16,25 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention over (B, heads, T, d); heads joined again: (B, T, heads*d).
 
-    mask: (B, T) bool, keys to leave out.
+    mask: (B, T) bool, keys to leave out, or (B, Q, T) for each query its own (B may be 1).
     """
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
-        scores = scores.masked_fill(mask[:, None, None], -1e9)
+        scores = scores.masked_fill(mask[:, None, None] if mask.ndim == 2 else mask[:, None], -1e9)
     return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its projections. `mask` (B, T) bool marks keys to leave out."""
+    """Multi-head attention with its projections. `mask`: see `attend`. head_width: of one head; None: width/heads."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, head_width: int | None = None):
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        inner = heads * head_width if head_width else width
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (

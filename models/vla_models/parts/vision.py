@@ -77,13 +77,14 @@ class FilmEncoder(nn.Module):
 class SpatialSoftmax(nn.Module):
     """Feature map -> expected image coordinates of `points` learned keypoints (Levine et al., arXiv 1504.00702).
 
-    Returns (B, points, 2), x and y from -1 to 1.
+    Returns (B, points, 2), x and y from -1 to 1. sharpness: whether each keypoint learns a factor of its own before
+    the softmax.
     """
 
-    def __init__(self, channels: int, points: int, size: tuple[int, int]):
+    def __init__(self, channels: int, points: int, size: tuple[int, int], sharpness: bool = True):
         super().__init__()
         self.heat = nn.Conv2d(channels, points, 1)
-        self.sharpness = nn.Parameter(torch.ones(points, 1))
+        self.sharpness = nn.Parameter(torch.ones(points, 1)) if sharpness else 1.0
         y, x = torch.meshgrid(torch.linspace(-1, 1, size[0]), torch.linspace(-1, 1, size[1]), indexing="ij")
         self.register_buffer("grid", torch.stack([x.flatten(), y.flatten()], -1), persistent=False)
 

@@ -7,24 +7,48 @@
 
 The structure is the paper's: post-norm transformer blocks (DETR), positions added to queries and keys, H learned
 queries, L1 loss + `kl_weight` times the KL divergence, mean/std normalisation with the deviation clipped at 1e-2.
-What differs is size: the paper has a pretrained ResNet18 with frozen batch norm on 480x640 images (stride 32), width
-512, feed-forward 3200, 4 + 4 encoder layers, 51.6 M parameters. Here everything is configurable, and the default is a
-small ResNet with group norm, trained from scratch on small images, width 192: 3.4 M parameters. With a vocabulary in
-the specification one language token joins the encoder (not in the paper).
+
+Two sizes share it. The preset "paper" is the published one: ResNet18 with frozen batch norm, one for all cameras, on
+480x640 images (stride 32), DETR's sine positions, width 512, feed-forward 3200, 51.6 M parameters; the published code
+says 7 decoder layers but uses the output of the first alone, so there is 1. It reads LeRobot's checkpoints. The
+defaults of `ActConfig` are a small network for training from scratch on a CPU: a ResNet with group norm for each
+camera on small images, width 192, 3.4 M parameters. With a vocabulary in the specification one language token joins
+the encoder (not in the paper).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vla_models.parts.attention import Attention, sinusoids
+from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.normalization import Normalizer
+from vla_models.parts.attention import sinusoids
+from vla_models.parts.cvae import divergence, draw_latent, mean_l1
+from vla_models.parts.detr import DecoderBlock, EncoderBlock
+from vla_models.parts.resnet import ResNet18
 from vla_models.parts.vision import LanguageEncoder, SmallResNet
-from vla_models.policy import PolicySpec
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles
 from vla_models.torch_policy import Batch, Inputs, OnePassPolicy, Preset
+
+BACKBONES = ("small", "resnet18")
+#: ALOHA's, s.
+PERIOD = 0.02
+#: Prefix of a camera in LeRobot's names of features.
+IMAGES = "observation.images."
+#: Settings of LeRobot's ACT that could say otherwise and change the network.
+LEROBOT = {
+    "vision_backbone": "resnet18", "pre_norm": False, "use_vae": True, "feedforward_activation": "relu",
+    "replace_final_stride_with_dilation": False, "n_obs_steps": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,10 @@ class ActConfig:
     """Sizes of the network and weights of its loss.
 
     width, heads, feedforward: of every transformer block. encoder_layers, decoder_layers, posterior_layers: blocks
-    (the posterior is the CVAE's encoder). latent: length of z. channels, blocks: of the image encoder (SmallResNet).
-    kl_weight: of the KL divergence in the loss. dropout: of the transformer blocks.
+    (the posterior is the CVAE's encoder). latent: length of z. backbone: "small", a SmallResNet for each camera with
+    `channels` and `blocks`, or "resnet18", the paper's. kl_weight: of the KL divergence in the loss. dropout: of the
+    transformer blocks. image_mean, image_std: what ResNet18 subtracts from images and divides them by, three numbers
+    for all cameras or three for each (ImageNet's). resnet_width: channels of ResNet18's first stage.
     """
 
     width: int = 192
@@ -47,40 +73,18 @@ class ActConfig:
     blocks: int = 1
     kl_weight: float = 10.0
     dropout: float = 0.1
+    backbone: str = "small"
+    image_mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resnet_width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise PolicyError(f"network.backbone: expected one of {BACKBONES}, found {self.backbone!r}")
 
 
-class EncoderBlock(nn.Module):
-    """DETR's encoder layer, post-norm."""
-
-    def __init__(self, config: ActConfig):
-        super().__init__()
-        self.attention = Attention(config.width, config.heads)
-        self.mlp = _mlp(config)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(2))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        placed = x + positions
-        x = self.norms[0](x + self.dropout(self.attention(placed, placed, x, mask)))
-        return self.norms[1](x + self.dropout(self.mlp(x)))
-
-
-class DecoderBlock(nn.Module):
-    """DETR's decoder layer, post-norm."""
-
-    def __init__(self, config: ActConfig):
-        super().__init__()
-        self.self_attention = Attention(config.width, config.heads)
-        self.cross_attention = Attention(config.width, config.heads)
-        self.mlp = _mlp(config)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(3))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, queries: Tensor, memory: Tensor, placed_memory: Tensor) -> Tensor:
-        placed = x + queries
-        x = self.norms[0](x + self.dropout(self.self_attention(placed, placed, x)))
-        x = self.norms[1](x + self.dropout(self.cross_attention(x + queries, placed_memory, memory)))
-        return self.norms[2](x + self.dropout(self.mlp(x)))
+#: The published sizes.
+PAPER = ActConfig(512, 8, 3200, 4, 1, 4, 32, backbone="resnet18")
 
 
 class ActNetwork(nn.Module):
@@ -89,27 +93,36 @@ class ActNetwork(nn.Module):
     def __init__(self, spec: PolicySpec, config: ActConfig):
         super().__init__()
         width = config.width
+        block = (width, config.heads, config.feedforward, config.dropout)
         self.config = config
         # The CVAE's encoder: actions -> z.
         self.cls = nn.Parameter(torch.randn(1, width) * 0.02)
         self.posterior_state = nn.Linear(spec.state_dim, width)
         self.posterior_action = nn.Linear(spec.action_dim, width)
-        self.posterior = nn.ModuleList(EncoderBlock(config) for _ in range(config.posterior_layers))
+        self.posterior = nn.ModuleList(EncoderBlock(*block) for _ in range(config.posterior_layers))
         self.posterior_out = nn.Linear(width, 2 * config.latent)
-        places = sinusoids(torch.arange(spec.horizon + 2, dtype=torch.float32), width, 1e4)
+        published = config.backbone == "resnet18"
+        steps = torch.arange(spec.horizon + 2, dtype=torch.float32)
+        places = _detr_sines(steps, width) if published else sinusoids(steps, width, 1e4)
         self.register_buffer("posterior_places", places, persistent=False)
         # The policy.
-        self.backbones = nn.ModuleList(SmallResNet(config.channels, config.blocks) for _ in spec.cameras)
-        self.image_in = nn.Conv2d(config.channels[-1], width, 1)
+        if published:
+            self.backbones = nn.ModuleList([ResNet18("frozen_batch", config.resnet_width)])
+            for name in ("mean", "std"):
+                values = torch.tensor(getattr(config, f"image_{name}")).reshape(-1, 3, 1, 1)
+                self.register_buffer(name, values.expand(len(spec.cameras), 3, 1, 1), persistent=False)
+        else:
+            self.backbones = nn.ModuleList(SmallResNet(config.channels, config.blocks) for _ in spec.cameras)
+        self.image_in = nn.Conv2d(self.backbones[0].channels if published else config.channels[-1], width, 1)
         self.latent_in = nn.Linear(config.latent, width)
         self.state_in = nn.Linear(spec.state_dim, width)
         self.language = LanguageEncoder(len(spec.vocabulary), spec.context, width) if spec.vocabulary else None
         self.vector_places = nn.Parameter(torch.randn(3 if spec.vocabulary else 2, width) * 0.02)
-        stride = 4 * 2 ** (len(config.channels) - 1)
-        image_places = torch.cat([_image_places(h, w, stride, width) for h, w in spec.cameras.values()])
+        stride = 32 if published else 4 * 2 ** (len(config.channels) - 1)
+        image_places = torch.cat([_image_places(h, w, stride, width, published) for h, w in spec.cameras.values()])
         self.register_buffer("image_places", image_places, persistent=False)
-        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
+        self.encoder = nn.ModuleList(EncoderBlock(*block) for _ in range(config.encoder_layers))
+        self.decoder = nn.ModuleList(DecoderBlock(*block) for _ in range(config.decoder_layers))
         self.queries = nn.Parameter(torch.randn(spec.horizon, width) * 0.02)
         self.norm = nn.LayerNorm(width)
         self.action_out = nn.Linear(width, spec.action_dim)
@@ -126,6 +139,13 @@ class ActNetwork(nn.Module):
         mean, log_variance = self.posterior_out(tokens[:, 0]).chunk(2, -1)
         return mean, log_variance
 
+    def features(self, images: tuple[Tensor, ...]) -> list[Tensor]:
+        """A feature map (B, channels, rows, columns) of each camera."""
+        if self.config.backbone == "resnet18":
+            images = tuple((image - self.mean[i]) / self.std[i] for i, image in enumerate(images))
+            return [self.backbones[0](image) for image in images]
+        return [backbone(image) for backbone, image in zip(self.backbones, images, strict=True)]
+
     def forward(self, inputs: Inputs, latent: Tensor | None = None) -> Tensor:
         """Normalised actions (B, H, dim). latent (B, latent): z; None: 0, the prior's mean, as in use."""
         images, tokens, state, _ = inputs
@@ -134,10 +154,7 @@ class ActNetwork(nn.Module):
         vectors = [self.latent_in(latent), self.state_in(state)]
         if self.language is not None:
             vectors.append(self.language(tokens))
-        maps = [
-            self.image_in(backbone(image)).flatten(2).transpose(1, 2)
-            for backbone, image in zip(self.backbones, images, strict=True)
-        ]
+        maps = [self.image_in(features).flatten(2).transpose(1, 2) for features in self.features(images)]
         memory = torch.cat([torch.stack(vectors, 1), *maps], 1)
         places = torch.cat([self.vector_places, self.image_places])
         for block in self.encoder:
@@ -154,14 +171,52 @@ class ActNetwork(nn.Module):
         In evaluation mode z is 0 as in use, and the loss is the L1 part alone.
         """
         if not self.training:
-            l1 = _mean_l1(self(batch.inputs), batch)
+            l1 = mean_l1(self(batch.inputs), batch)
             return {"loss": l1, "l1": l1}
         mean, log_variance = self.posterior_of(batch.inputs.state, batch.actions, batch.padded)
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        latent = mean + torch.exp(log_variance / 2) * noise
-        l1 = _mean_l1(self(batch.inputs, latent), batch)
-        kl = -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(-1).mean()
+        latent = draw_latent(mean, log_variance, generator)
+        l1 = mean_l1(self(batch.inputs, latent), batch)
+        kl = divergence(mean, log_variance)
         return {"loss": l1 + self.config.kl_weight * kl, "l1": l1, "kl": kl}
+
+
+def _rules() -> Iterator[Rule]:
+    """From LeRobot's names of tensors to ours."""
+    attention = ("query", "key", "value")
+    blocks = {
+        "vae_encoder": ("posterior", {"self_attn": "attention"}, 2),
+        "encoder": ("encoder", {"self_attn": "attention"}, 2),
+        "decoder": ("decoder", {"self_attn": "self_attention", "multihead_attn": "cross_attention"}, 3),
+    }
+    for theirs, (ours, attentions, norms) in blocks.items():
+        start = rf"model\.{theirs}\.layers\.(\d+)\."
+        for module, name in attentions.items():
+            for kind in ("weight", "bias"):
+                parts = tuple(rf"{ours}.\1.{name}.{part}.{kind}" for part in attention)
+                yield Rule(rf"{start}{module}\.in_proj_{kind}", parts)
+            yield Rule(rf"{start}{module}\.out_proj\.(.*)", rf"{ours}.\1.{name}.out.\2")
+        yield Rule(rf"{start}linear1\.(.*)", rf"{ours}.\1.mlp.0.\2")
+        yield Rule(rf"{start}linear2\.(.*)", rf"{ours}.\1.mlp.3.\2")
+        for i in range(norms):
+            yield Rule(rf"{start}norm{i + 1}\.(.*)", rf"{ours}.\1.norms.{i}.\2")
+    names = {
+        r"backbone\.(.*)": r"backbones.0.\1",
+        r"decoder\.norm\.(.*)": r"norm.\1",
+        r"vae_encoder_cls_embed\.weight": "cls",
+        r"vae_encoder_robot_state_input_proj\.(.*)": r"posterior_state.\1",
+        r"vae_encoder_action_input_proj\.(.*)": r"posterior_action.\1",
+        r"vae_encoder_latent_output_proj\.(.*)": r"posterior_out.\1",
+        r"encoder_robot_state_input_proj\.(.*)": r"state_in.\1",
+        r"encoder_latent_input_proj\.(.*)": r"latent_in.\1",
+        r"encoder_img_feat_input_proj\.(.*)": r"image_in.\1",
+        r"encoder_1d_feature_pos_embed\.weight": "vector_places",
+        r"decoder_pos_embed\.weight": "queries",
+        r"action_head\.(.*)": r"action_out.\1",
+    }
+    for theirs, ours in names.items():
+        yield Rule(rf"model\.{theirs}", ours)
+    yield Rule(r"model\.vae_encoder_pos_enc", None, "sine positions, computed")
+    yield STATISTICS
 
 
 class ActPolicy(OnePassPolicy):
@@ -169,11 +224,16 @@ class ActPolicy(OnePassPolicy):
 
     Config, Network = ActConfig, ActNetwork
     presets = {
+        "paper": Preset(
+            PAPER, {"arms": {"left": 6, "right": 6}, "cameras": {"top": (480, 640)}, "horizon": 100, "period": PERIOD}
+        ),
         "tiny": Preset(
             ActConfig(width=32, heads=2, feedforward=48, encoder_layers=1, posterior_layers=1, channels=(8, 16)),
             {"cameras": {"scene": (24, 32)}, "horizon": 8},
-        )
+        ),
     }
+    parameters = 51.6e6
+    published = tuple(_rules())
     training = {
         "robot": "aloha",
         "cameras": {"top": (120, 160)},
@@ -189,24 +249,71 @@ class ActPolicy(OnePassPolicy):
         "jitter": 0.1,
     }
 
+    @classmethod
+    def read_published(
+        cls, folder: Path, config: Mapping[str, Any], files: TensorFiles
+    ) -> tuple[PolicySpec, ActConfig, dict[str, Normalizer]]:
+        """LeRobot's ACT (lerobot/act_aloha_sim_transfer_cube_human), with its statistics in either of its two places.
 
-def _mlp(config: ActConfig) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(config.width, config.feedforward),
-        nn.ReLU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(config.feedforward, config.width),
-    )
+        14 numbers are ALOHA's two arms of six joints and a gripper, N others one arm of N - 1 joints and a gripper.
+        """
+        where = folder / "config.json"
+        for name, needed in LEROBOT.items():
+            if config.get(name, needed) != needed:
+                raise CheckpointError(f"{where}: {name}: expected {needed!r}, found {config[name]!r}")
+        try:
+            shapes = {name: tuple(v["shape"]) for name, v in config["input_features"].items()}
+            state, dim = shapes.pop("observation.state")[0], config["output_features"]["action"]["shape"][0]
+            network = ActConfig(
+                width=config["dim_model"],
+                heads=config["n_heads"],
+                feedforward=config["dim_feedforward"],
+                encoder_layers=config["n_encoder_layers"],
+                decoder_layers=config["n_decoder_layers"],
+                posterior_layers=config["n_vae_encoder_layers"],
+                latent=config["latent_dim"],
+                kl_weight=config["kl_weight"],
+                dropout=config["dropout"],
+                backbone="resnet18",
+                resnet_width=files.shapes["model.backbone.conv1.weight"][0],
+            )
+            horizon, modes = int(config["chunk_size"]), dict(config["normalization_mapping"])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{where}: expected the settings of LeRobot's ACT, found {error!r}") from error
+        cameras = {name.removeprefix(IMAGES): shape[1:] for name, shape in shapes.items() if name.startswith(IMAGES)}
+        if len(cameras) < len(shapes) or not cameras or state != dim:
+            raise CheckpointError(
+                f"{where}: input_features: expected images and as many numbers in observation.state as in action "
+                f"({dim}), found {sorted(shapes)} and {state}"
+            )
+        statistics = Statistics(folder, files)
+        normalizers = {
+            name: statistics.normalizer(key, modes.get(kind, "IDENTITY"), dim)
+            for name, key, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
+        }
+        images = [statistics.normalizer(IMAGES + name, modes.get("VISUAL", "IDENTITY"), 3) for name in cameras]
+        network = dataclasses.replace(
+            network,
+            image_mean=tuple(float(value) for image in images for value in image.offset),
+            image_std=tuple(float(value) for image in images for value in image.scale),
+        )
+        arms = {"left": 6, "right": 6} if dim == 14 else {"arm": dim - 1}
+        spec = example_spec(cls.name(), arms, cameras, horizon=horizon, period=PERIOD)
+        return spec, network, normalizers
 
 
-def _mean_l1(actions: Tensor, batch: Batch) -> Tensor:
-    inside = (~batch.padded).to(actions).unsqueeze(-1)
-    return ((actions - batch.actions).abs() * inside).sum() / (inside.sum() * actions.shape[-1])
-
-
-def _image_places(height: int, width: int, stride: int, features: int) -> Tensor:
+def _image_places(height: int, width: int, stride: int, features: int, detr: bool) -> Tensor:
     """2D sine embedding of the feature map of one image, row by row: (rows*columns, features)."""
     rows, columns = math.ceil(height / stride), math.ceil(width / stride)
-    y = sinusoids((torch.arange(rows) + 1) / rows * 100.0, features // 2, 1e4)
-    x = sinusoids((torch.arange(columns) + 1) / columns * 100.0, features - features // 2, 1e4)
+    y, x = (torch.arange(1, count + 1, dtype=torch.float32) / count for count in (rows, columns))
+    if detr:
+        y, x = (_detr_sines(2 * math.pi * values, features // 2) for values in (y, x))
+    else:
+        y, x = (sinusoids(100.0 * y, features // 2, 1e4), sinusoids(100.0 * x, features - features // 2, 1e4))
     return torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], -1).flatten(0, 1)
+
+
+def _detr_sines(positions: Tensor, width: int) -> Tensor:
+    """(N,) -> (N, width): sine and cosine in turn, wavelengths 2 pi to 2 pi 10^4 (Vaswani et al., arXiv 1706.03762)."""
+    angles = positions[:, None] / 1e4 ** (torch.arange(0, width, 2) / width)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)

@@ -47,8 +47,8 @@ def mismatches(spec, robot: Robot) -> list[str]:
             f"period: the policy acts every {spec.period:.4f} s, the robot is commanded every "
             f"{1.0 / robot.rates.control:.4f} s only"
         )
-    if spec.horizon < 2:
-        found.append(f"horizon: expected two actions or more a chunk, found {spec.horizon}")
+    if spec.length < 2:
+        found.append(f"horizon: expected two actions or more a chunk, or a lead, found {spec.horizon}")
     return found
 
 

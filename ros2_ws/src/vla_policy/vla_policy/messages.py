@@ -96,7 +96,7 @@ def inference_request(message: ChunkRequest | None, spec: PolicySpec, observed: 
         return InferenceRequest(seed=seed)
     remainder = None
     if message.remainder.horizon and message.guidance:
-        sampled = resampled(trajectory_chunk(message.remainder), observed, spec.period, spec.horizon)
+        sampled = resampled(trajectory_chunk(message.remainder), observed, spec.period, spec.length)
         remainder = sampled if len(sampled) else None
     return InferenceRequest(
         remainder=remainder,

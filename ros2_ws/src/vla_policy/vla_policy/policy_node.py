@@ -181,7 +181,7 @@ class PolicyNode(LifecycleNode):
         if policy is not None and self._answering:
             message.active = self.host.active
             message.runtime, message.provider = policy.runtime, policy.provider
-            message.period, message.horizon = float(policy.spec.period), int(policy.spec.horizon)
+            message.period, message.horizon = float(policy.spec.period), int(policy.spec.length)
             message.guidance = list(policy.spec.guidance)
         self.status_publisher.publish(message)
 

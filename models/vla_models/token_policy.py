@@ -1,0 +1,183 @@
+"""Policies whose actions are words of a language model, predicted one after the other.
+
+    images, text, start --encode--> cache of the prefix (once a chunk, never changed), logits of the first token
+    token, its number   --step----> logits of the next one, cache of the answer (as long as the longest answer)
+
+`TokenNetwork` is the network of such a policy and `TokenPolicy` decodes it; a recipe says what the answer looks like
+(vla_models.tokenizers.WordAnswer, FastAnswer). `encode` and `step` are functions of tensors with fixed shapes, so each
+becomes one exported graph; which token is taken is decided outside of them (`decode_answer`), in NumPy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla_models.parts.language_model import VisionLanguageModel
+from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
+from vla_models.tokenizer import TokenizerError
+from vla_models.tokenizers import decode_answer
+from vla_models.torch_policy import Batch, Inputs, TorchPolicy
+
+
+class TokenNetwork(nn.Module):
+    """A vision-language model that answers with the words of `answer`.
+
+    start: token after the prompt that opens the answer. bidirectional: the tokens of the prefix see each other
+    (prefix-LM, PaliGemma); otherwise each sees those before it. start_seen: the prefix sees the opening token too, in
+    use, though not in training (LeRobot's pi0-FAST); only with `bidirectional`.
+    """
+
+    def __init__(
+        self, spec: PolicySpec, vlm: VisionLanguageModel, answer: Any, start: int, bidirectional: bool = True,
+        start_seen: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.vlm, self.answer = vlm, answer
+        #: Tokens of the longest answer.
+        self.length = answer.length
+        self.start, self.padding = start, spec.padding
+        self.bidirectional, self.start_seen = bidirectional, start_seen
+
+    def prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Images, then text: (B, P, width), and which of them are there (B, P) bool."""
+        parts = [self.vlm.see(image) for image in inputs.images] + [self.vlm.read(inputs.tokens)]
+        valid = [inputs.present[:, i : i + 1].expand(-1, part.shape[1]) for i, part in enumerate(parts[:-1])]
+        text = (inputs.tokens != self.padding).long().flip(1).cumsum(1).flip(1) > 0
+        return torch.cat(parts, 1), torch.cat([*valid, text], 1)
+
+    def hidden(self, inputs: Inputs, tokens: Tensor, start_seen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix and `tokens` (B, n) behind it: hidden states, keys and values, validity, all (P + n) long."""
+        prefix, valid = self.prefix(inputs)
+        valid = torch.cat([valid, valid.new_ones(tokens.shape)], 1)
+        embedded = torch.cat([prefix, self.vlm.read(tokens)], 1)
+        places = torch.arange(embedded.shape[1], device=embedded.device)
+        ends = prefix.shape[1] + int(start_seen)
+        sees = places <= places.unsqueeze(1)
+        if self.bidirectional:
+            sees = sees | (places < ends)
+        hidden, keys = self.vlm(embedded, valid.cumsum(1) - 1, sees & valid.unsqueeze(1))
+        return hidden, keys, valid
+
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The prefix and the opening token: what they leave to the steps, and logits (B, vocabulary) of what comes.
+
+        That is keys and values (B, layers, 2, heads, P, d), and which of the P are no padding (B, P) bool.
+        """
+        start = torch.full_like(inputs.tokens[:, :1], self.start)
+        hidden, keys, valid = self.hidden(inputs, start, self.start_seen)
+        return keys, valid, self.vlm.logits(hidden[:, -1])
+
+    def blank(self, keys: Tensor) -> Tensor:
+        """The cache of an answer that has no tokens yet: (B, layers, 2, heads, length, d)."""
+        layers, two, heads, size = self.vlm.cache_shape
+        return keys.new_zeros(keys.shape[0], layers, two, heads, self.length, size)
+
+    def step(self, keys: Tensor, valid: Tensor, tail: Tensor, token: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, vocabulary) of what follows `token` (B,), the answer's number `index` (B,), and the new tail.
+
+        keys, valid: of `encode`. tail: cache of the tokens before, of `blank` at first; the new one has `token` too.
+        """
+        places = torch.arange(tail.shape[-2], device=tail.device)
+        sees = torch.cat([valid, places < index.unsqueeze(1), valid.new_ones(valid.shape[0], 1)], 1)
+        positions = valid.sum(1, keepdim=True) + index.unsqueeze(1)
+        past = torch.cat([keys, tail], -2)
+        hidden, added = self.vlm(self.vlm.read(token.unsqueeze(1)), positions, sees.unsqueeze(1), past)
+        here = (places == index.unsqueeze(1))[:, None, None, None, :, None]
+        return self.vlm.logits(hidden[:, -1]), torch.where(here, added, tail)
+
+    def text_loss(self, inputs: Inputs, answers: Tensor, counted: Tensor) -> Tensor:
+        """Cross-entropy of `answers` (B, n) int64 behind the prefix, mean over those that are `counted` (B, n) bool."""
+        start = torch.full_like(answers[:, :1], self.start)
+        hidden, _, _ = self.hidden(inputs, torch.cat([start, answers[:, :-1]], 1))
+        logits = self.vlm.logits(hidden[:, -answers.shape[1] :]).float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), answers, reduction="none")
+        weights = counted.to(losses)
+        return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+    def answers(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n) of the actions, and which count: those of steps inside the episode."""
+        chunks, padded = batch.actions.detach().float().cpu().numpy(), batch.padded.cpu().numpy()
+        rows = [self.answer.encode(chunk) for chunk in chunks]
+        inside = [self.answer.inside(row, past) for row, past in zip(rows, padded, strict=True)]
+        return stack(rows, inside, batch.actions.device)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Cross-entropy of the tokens of the actions."""
+        return {"loss": self.text_loss(batch.inputs, *self.answers(batch))}
+
+
+class TokenPolicy(TorchPolicy):
+    """A policy that decodes its actions token by token; `Network` is a TokenNetwork.
+
+    PolicySpec.temperature 0 takes the likeliest token each time; above, tokens are drawn by the request's noise, one
+    number each. What does not decode to a chunk is a PolicyError.
+    """
+
+    #: Of the last answer.
+    tokens: Sequence[int] = ()
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (1, self.network.answer.length, 1)
+
+    def run(
+        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
+    ) -> np.ndarray:
+        answer = self.network.answer
+        self.tokens = self.generate(self.tensors(inputs), answer, noise.ravel(), timings)
+        try:
+            return answer.decode(self.tokens)[None].astype(np.float32)
+        except TokenizerError as error:
+            raise self._undecodable(error) from error
+
+    def generate(self, inputs: Inputs, answer: Any, noise: np.ndarray, timings: dict[str, float]) -> list[int]:
+        """The tokens of one answer. inputs: of a batch of one. Raises PolicyError when it does not come to its end."""
+        network, device, begin = self.network, self.device, time.perf_counter()
+        with torch.no_grad():
+            keys, valid, logits = network.encode(inputs)
+            tail = network.blank(keys)
+            encoded = time.perf_counter()
+
+            def step(token: int, index: int) -> np.ndarray:
+                nonlocal tail
+                number = torch.tensor([token, index], device=device)
+                logits, tail = network.step(keys, valid, tail, number[:1], number[1:])
+                return logits[0].float().cpu().numpy()
+
+            try:
+                tokens = decode_answer(answer, logits[0].float().cpu().numpy(), step, noise, self.spec.temperature)
+            except TokenizerError as error:
+                raise self._undecodable(error) from error
+        timings["encode"] = timings.get("encode", 0.0) + encoded - begin
+        timings["sample"] = timings.get("sample", 0.0) + time.perf_counter() - encoded
+        return tokens
+
+    def _undecodable(self, error: TokenizerError) -> PolicyError:
+        return PolicyError(f"policy {self.spec.name}: the network's answer is no chunk of actions: {error}")
+
+
+def stack(rows: Sequence[np.ndarray], counted: Sequence[np.ndarray], device: Any) -> tuple[Tensor, Tensor]:
+    """Token sequences of different lengths as (B, n) int64, filled up with 0, and `counted` (B, n) bool with false."""
+    tokens = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+    mask = np.zeros(tokens.shape, bool)
+    for i, (row, count) in enumerate(zip(rows, counted, strict=True)):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, count
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of `text` and nothing before or behind them. tokenizer: of a Processor, "bytes" or a file.
+
+    Raises PolicyError for a tokeniser that has no text of its own ("words").
+    """
+    if hasattr(tokenizer, "reader"):
+        return tokenizer.reader.encode(text, add_special_tokens=False).ids
+    if hasattr(tokenizer, "FIRST"):
+        return [tokenizer.FIRST + byte for byte in text.encode()]
+    raise PolicyError("tokenizer: expected 'bytes' or a tokenizer.json, found words of the instructions alone")
