@@ -94,6 +94,7 @@ def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
 
     kind = policy_class(recipe)
     example, network = kind.preset("tiny")
+    rotation = "rot6d" if recipe == "rdt" else "rotvec"  # the unified vector of RDT knows no other
     names = dict(zip(example.cameras, ("scene", "wrist", *list(example.cameras)[2:]), strict=False))
     spec = replace(
         example,
@@ -103,14 +104,17 @@ def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
         arms=("arm",),
         joints={"arm": load_robot("panda").arms[0].joints},
         state="pose",
-        action_space=ActionSpace(("arm",), "pose", (), "chunk", "base", "rotvec"),
+        action_space=ActionSpace(("arm",), "pose", (), "chunk", "base", rotation),
+        vocabulary=("", "the") if example.vocabulary else (),
         period=1.6 / example.horizon,
         fit="pad",
         robot="panda",
     )
     offset = np.zeros((spec.horizon, spec.action_dim))
-    offset[:, 1] = velocity * spec.period * np.arange(spec.horizon)
+    offset[:, 1] = velocity * spec.period * (spec.lead + np.arange(spec.horizon))
     offset[:, -1] = 0.5
+    if rotation == "rot6d":
+        offset[:, 3:9] = 1, 0, 0, 0, 1, 0
     normalizers = {
         "state": Normalizer("mean_std", np.zeros(spec.state_dim), np.ones(spec.state_dim)),
         "action": Normalizer("mean_std", offset, np.full_like(offset, 1e-3)),

@@ -7,6 +7,9 @@ from vla_models import RECIPES
 from vla_msgs.msg import SafetyStatus
 from vla_msgs.srv import LoadPolicy, SwitchPolicy
 
+#: One recipe of each kind of head; all of them together are slow.
+QUICK = ("act", "diffusion_policy", "pi0", "rt2")
+
 
 @pytest.fixture(scope="module")
 def graph(policies):
@@ -16,7 +19,9 @@ def graph(policies):
         yield graph
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize(
+    "recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(RECIPES)]
+)
 def test_the_recipe_drives_the_arm(graph, recipe, tmp_path):
     from policies import write_recipe
 

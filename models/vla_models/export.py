@@ -262,6 +262,7 @@ def compare(source: GraphSource, data: bytes, folder: Path, trials: int = 3) -> 
             expected = [value.numpy() for value in source.function(**inputs)]
         found = graph({name: value.numpy() for name, value in inputs.items()})
         for a, b in zip(found, expected, strict=True):
+            a, b = a.astype(np.float64), b.astype(np.float64)  # masks too
             worst = max(worst, float(np.max(np.abs(a - b)) / max(1.0, float(np.max(np.abs(b))))))
             if not np.all(np.isfinite(b)) or not np.all(np.isfinite(a)):
                 return float("nan")

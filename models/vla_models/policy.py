@@ -53,10 +53,10 @@ class PolicySpec:
     is ignored. context: most tokens of a text. padding: token after its end. prompt: what is read, with {task} for
     the instruction ({lower}: in small letters) and {state} for the normalised state in 256 bins over [-1, 1].
     lead: periods from the observation to action 0. 1 is for policies that predict one step at a time: the chunk then
-    begins with what was measured. history: observations a policy looks at, `period` apart, the newest last. fit: see FITS. optional: cameras that a
-    robot may lack; their images are then black, and marked as not there. shift: of the sampler's flow times (see
-    vla_models.sampling.flow_times). future: pictures of each camera after the observation that training looks at,
-    evenly over the time of a chunk, the last one at its end (video models).
+    begins with what was measured. history: observations a policy looks at, `period` apart, the newest last. fit: see
+    FITS. optional: cameras that a robot may lack; their images are then black, and marked as not there. shift: of the
+    sampler's flow times (see vla_models.sampling.flow_times). future: pictures of each camera after the observation
+    that training looks at, evenly over the time of a chunk, the last one at its end (video models).
     temperature: scale of the noise that a sampler starts from. 1: samples of what was demonstrated. 0: near the mean,
     and deterministic; more exact where there is one way to do the task, wrong where there are several.
     """

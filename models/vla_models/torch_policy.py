@@ -49,8 +49,8 @@ class Batch(NamedTuple):
     """Training samples on the network's device.
 
     actions (B, H, dim) float32, normalised; padded (B, H) bool, actions past the end of the episode (the last one
-    held). future: what the cameras saw afterwards, one (B, F, 3, h, w) a camera, evenly over the time of the actions, the
-    last one at its end; for systems that learn from video, empty where it is not at hand.
+    held). future: what the cameras saw afterwards, one (B, F, 3, h, w) a camera, evenly over the time of the actions,
+    the last one at its end; for systems that learn from video, empty where it is not at hand.
     """
 
     inputs: Inputs

@@ -104,9 +104,7 @@ def main() -> None:
         params = jax.tree_util.tree_map(
             lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), flax.core.unfreeze(params)
         )
-        outputs = module.apply(
-            {"params": params}, observations, tasks, window, train=False, method="octo_transformer"
-        )
+        outputs = module.apply({"params": params}, observations, tasks, window, train=False, method="octo_transformer")
         bound = module.bind({"params": params}, rngs={"dropout": jax.random.PRNGKey(0)})
         head = bound.heads["action"]
         with mock.patch.object(jax.random, "randint", lambda *a, **k: jnp.asarray(time)[None]), \

@@ -232,9 +232,10 @@ class FastWamPolicy(FlowPolicy):
     #: 5.6809e9 and the VAE's encoder 0.1496e9.
     parameters = 5.0e9 + 1.02e9 + 5.68e9 + 0.15e9
     published = tuple(_rules())
+    training = {"lr": 1e-4, "decay": 1e-2}
     contract = {
-        "steps": 10, "shift": 5.0, "horizon": 32, "future": 8, "period": PERIOD, "guidance": ("guided",), "prompt": PROMPT,
-        "tokenizer": "tokenizer/tokenizer.json", "context": 128,
+        "steps": 10, "shift": 5.0, "horizon": 32, "future": 8, "period": PERIOD, "guidance": ("guided",),
+        "prompt": PROMPT, "tokenizer": "tokenizer/tokenizer.json", "context": 128,
     }  # fmt: skip
     presets = {
         "paper": Preset(

@@ -15,9 +15,9 @@ are not published.
 This library's choices: the text encoder is CLIP's ViT-B/32 (63 M) and the VQ-GAN the one with 16-fold reduction and
 1024 codes (72 M), which together are the 135 M that are not trained; 12 layers of width 768; codes are predicted one
 after the other, row by row, camera by camera, in the order [images, state] of each observation, so a state never helps
-to predict the image beside it; the VAE's decoder starts from the output at [ACT] and z and looks at the newest
-observation's outputs, with ACT's blocks (arXiv 2304.13705); L1 error and ACT's weight of the divergence. Images are those of the observation window
-(PolicySpec.history), `PolicySpec.period` apart.
+to predict the image beside it; [ACT] carries the newest state too; the VAE's decoder starts from the output at [ACT]
+and z, and looks at the newest observation's outputs, with ACT's blocks (arXiv 2304.13705); L1 error and ACT's weight of
+the divergence. Images are those of the observation window (PolicySpec.history), `PolicySpec.period` apart.
 
 `Gr2Network.video_loss` is the loss of pre-training, on texts and videos alone; `imagine` continues the window by one
 image of each camera. With "vq" left out of `Gr2Config.frozen` the VQ-GAN is trained along, for lack of a trained one.
@@ -109,7 +109,7 @@ class Trajectory(nn.Module):
         self.condition = nn.Linear(config.width, width)
         self.latent_in = nn.Linear(config.latent, width)
         self.memory_places = nn.Parameter(torch.randn(seen, width) * 0.02)
-        self.queries = nn.Parameter(torch.randn(spec.horizon, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(spec.horizon, width))
         self.decoder = nn.ModuleList(DecoderBlock(*block) for _ in range(config.head_layers))
         self.action_out = nn.Linear(width, spec.action_dim)
         self.action_in = nn.Linear(spec.action_dim, width)
@@ -121,7 +121,7 @@ class Trajectory(nn.Module):
         """seen (B, S, width) of the GPT; absent (B, S) bool, what is not to be looked at; latent (B, latent)."""
         memory = self.condition(seen)
         placed = memory + self.memory_places
-        x = (memory[:, -1] + self.latent_in(latent)).unsqueeze(1).expand(-1, len(self.queries), -1)
+        x = (memory[:, -1] + self.latent_in(latent)).unsqueeze(1) + self.queries
         for block in self.decoder:
             x = block(x, self.queries, memory, placed, absent)
         return self.action_out(x)
@@ -160,6 +160,7 @@ class Gr2Network(nn.Module):
             )
         self.text_in = nn.Linear(config.text_width, width)
         self.code_in = nn.Embedding(config.codes, width)
+        nn.init.normal_(self.code_in.weight, std=0.02)
         self.state_in = nn.Linear(spec.state_dim, width)
         self.act = nn.Parameter(torch.randn(1, width) * 0.02)
         self.text_places = nn.Parameter(torch.randn(spec.context, width) * 0.02)
@@ -193,7 +194,7 @@ class Gr2Network(nn.Module):
         parts = [self.text_in(self.text(tokens)) + self.text_places, x]
         hidden = [ended, absent.repeat(1, steps)]
         if state is not None:
-            parts.append(self.act.expand(count, 1, -1))
+            parts.append((self.act + self.state_in(state[:, -1])).unsqueeze(1))
             hidden.append(absent.new_zeros(count, 1))
         x, unseen = torch.cat(parts, 1), torch.cat(hidden, 1)
         places = torch.arange(x.shape[1], device=x.device)

@@ -117,8 +117,8 @@ class LingBotVaNetwork(nn.Module):
         horizon, later = config.frames * config.frame_actions, config.frames * FRAMES
         if spec.horizon != horizon or spec.history < horizon or spec.future not in (0, later):
             raise PolicyError(
-                f"policy {spec.name}: expected a horizon of frames * frame_actions = {horizon}, a history of no less, and "
-                f"a future of {later} or 0, found {spec.horizon}, {spec.history} and {spec.future}"
+                f"policy {spec.name}: expected a horizon of frames * frame_actions = {horizon}, a history of no less, "
+                f"and a future of {later} or 0, found {spec.horizon}, {spec.history} and {spec.future}"
             )
         self.channels = config.channels or tuple(range(spec.action_dim))
         if len(self.channels) != spec.action_dim or max(self.channels) >= config.action_width:
@@ -343,6 +343,7 @@ class LingBotVaPolicy(KeyFramePolicy):
     parameters = 5.067e9 + 5.681e9 + 0.150e9
     normalization = {"state": "quantile", "action": "quantile"}
     published = tuple(_rules())
+    training = {"lr": 1e-5, "decay": 1e-4, "clip": 1.0}
     contract = {
         "steps": 50, "shift": 0.05, "horizon": 16, "history": 16, "future": 16, "period": 0.05, "prompt": "{task}",
         "tokenizer": "tokenizer/tokenizer.json", "context": 512,
@@ -357,8 +358,8 @@ class LingBotVaPolicy(KeyFramePolicy):
                 vae=VaeConfig(channels=4, growth=(1, 2, 2, 2), blocks=1),
                 text=TextConfig(vocabulary=259, width=16, layers=1, heads=2, size=8, hidden=16),
             ),
-            {"cameras": {"scene": (32, 32)}, "horizon": 12, "history": 12, "future": 12, "steps": 3, "tokenizer": "bytes",
-             "context": 32},
+            {"cameras": {"scene": (32, 32)}, "horizon": 12, "history": 12, "future": 12, "steps": 3,
+             "tokenizer": "bytes", "context": 32},
         ),
     }  # fmt: skip
 

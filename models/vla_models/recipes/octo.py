@@ -59,6 +59,7 @@ class OctoConfig:
     width, layers, heads, mlp: of the transformer. window: longest history that has embeddings of its places. channels,
     features: of the stem's four convolutions of stride 2, and of a patch behind them; groups: of their group norm.
     text: of the frozen T5. head_width, head_blocks, time_width: of the diffusion head. steps: of its diffusion.
+    samples: pairs of noise and time that training draws for each observation (the public code's n_diffusion_samples).
     """
 
     width: int = 768
@@ -74,6 +75,7 @@ class OctoConfig:
     head_blocks: int = 3
     time_width: int = 32
     steps: int = 20
+    samples: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", T5Size.of(self.text))
@@ -175,6 +177,7 @@ class OctoNetwork(nn.Module):
             raise PolicyError(f"policy {spec.name}: cameras: expected multiples of 16 pixels, found {bad}")
         if spec.history > config.window:
             raise PolicyError(f"policy {spec.name}: history: expected at most {config.window}, found {spec.history}")
+        self.config = config
         width, context = config.width, spec.context
         patches = [height * columns // 256 for height, columns in spec.cameras.values()]
         self.text = TextEncoder(config.text, spec.padding)
@@ -228,9 +231,13 @@ class OctoNetwork(nn.Module):
         return denoising_loss(self, context, actions, noise, t, padded) * actions.shape[-1]
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """`noise_loss` at one random time a sample."""
-        noise, t = draw_noise(self, batch.actions, generator)
-        return {"loss": self.noise_loss(self.encode(batch.inputs), batch.actions, noise, t, batch.padded)}
+        """`noise_loss` at random times."""
+        context, actions, padded = (
+            value.repeat_interleave(self.config.samples, 0)
+            for value in (self.encode(batch.inputs), batch.actions, batch.padded)
+        )
+        noise, t = draw_noise(self, actions, generator)
+        return {"loss": self.noise_loss(context, actions, noise, t, padded)}
 
 
 def attention_pattern(task: int, patches: Sequence[int], window: int) -> Tensor:
@@ -335,7 +342,8 @@ class OctoPolicy(DenoisingPolicy):
         "tiny": Preset(
             OctoConfig(
                 width=32, layers=2, heads=2, mlp=64, window=3, channels=(8, 16, 16, 16), features=16, groups=8,
-                text=T5Size(259, 16, 1, 2, 8, 32, gated=False), head_width=32, head_blocks=2, time_width=16, steps=10,
+                text=T5Size(259, 16, 1, 2, 8, 32, gated=False), head_width=256, head_blocks=2, time_width=16, steps=10,
+                samples=16,
             ),
             {"cameras": {"primary": (32, 48), "wrist": (32, 32)}, "optional": ("wrist",), "horizon": 8,
              "context": 32, "state": "joint", "prefix_limit": 4, "steps": 5},
@@ -391,7 +399,7 @@ class OctoPolicy(DenoisingPolicy):
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"{where}: expected settings and tensors of Octo 1.5, found no {error}") from error
         if bad := {name: value for name, (value, wanted) in known.items() if value != wanted}:
-            raise CheckpointError(f"{where}: expected {({name: known[name][1] for name in bad})}, found {bad}")
+            raise CheckpointError(f"{where}: expected { ({name: known[name][1] for name in bad}) }, found {bad}")
         contract = {**cls.contract, "horizon": horizon, "steps": steps, "history": history, "context": context,
                     "prefix_limit": horizon - 1, "tokenizer": "tokenizer.json"}  # fmt: skip
         cameras = {name: (side, side) for name, side in sides.items()}

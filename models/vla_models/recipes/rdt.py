@@ -177,7 +177,8 @@ class RdtNetwork(nn.Module):
 
     def encode(self, inputs: Inputs, hidden: Tensor | None = None) -> tuple[Tensor, ...]:
         """Keys and values of the language and of the images for their blocks, (B, 2 * blocks, heads, tokens,
-        width/heads); (B, tokens) bool, language to leave out; the tokens of control frequency and state, (B, 2, width).
+        width/heads); (B, tokens), 1 for language to leave out; tokens of the control frequency and of the state,
+        (B, 2, width).
 
         hidden: (B, 4 + T * cameras) bool, what a training sample lacks, see RdtConfig.
         """
@@ -200,11 +201,12 @@ class RdtNetwork(nn.Module):
         memories = [torch.cat([block.cross.memory(condition) for block in self.blocks[turn::2]], 1)
                     for turn, condition in enumerate((language, images))]  # fmt: skip
         robot = [self.frequency(_waves(rate, self.config.frequencies)), self.state_in(torch.cat([state, mask], -1))]
-        return (*memories, ~self.text.inside(tokens), torch.stack(robot, 1))
+        return (*memories, (~self.text.inside(tokens)).to(state), torch.stack(robot, 1))
 
     def denoise(self, context: tuple[Tensor, ...], x: Tensor, t: Tensor) -> Tensor:
         """The clean actions of the noisy ones x (B, H, 128), the robot's own numbers first, at the time t (B,)."""
         *memories, unread, robot = context
+        unread = unread > 0.5
         noisy = self.action_space.of_wide(x)
         actions = self.state_in(torch.cat([noisy, self.action_space.mask.expand_as(noisy)], -1))
         time = self.time(_waves(t, self.config.frequencies)).unsqueeze(1)
@@ -350,7 +352,7 @@ class RdtPolicy(DenoisingPolicy):
         except (KeyError, TypeError, IndexError, AttributeError, StopIteration, ValueError) as error:
             raise CheckpointError(f"{where}: expected settings and tensors of RDT, found no {error}") from error
         if bad := {name: value for name, (value, wanted) in known.items() if value != wanted}:
-            raise CheckpointError(f"{where}: expected {({name: known[name][1] for name in bad})}, found {bad}")
+            raise CheckpointError(f"{where}: expected { ({name: known[name][1] for name in bad}) }, found {bad}")
         if kind == "pose":
             contract |= {"state": "pose", "action_space": ActionSpace(tuple(arms), "pose", rotation="rot6d")}
         cameras = dict.fromkeys(cls._cameras, (side, side))
