@@ -22,11 +22,11 @@ SAMPLES = 16
 STEPS, RATE = 150, 3e-3
 SETTINGS: dict[str, tuple[int, float]] = {"fast_wam": (150, 8e-3), "gr2": (250, 4e-3), "lingbot_va": (300, 8e-3)}
 SETTINGS |= dict.fromkeys(("pi0", "pi05", "pi06"), (150, 6e-3))
-SETTINGS |= {"pi0_fast": (150, 1e-2), "rt2": (150, 1e-2), "rth": (250, 6e-3)}
+SETTINGS |= {"pi0_fast": (150, 1e-2), "rt2": (150, 1e-2), "rth": (250, 6e-3), "octo": (200, 1e-2), "rdt": (200, 4e-3)}
 #: One recipe of each kind of head; all of them together are slow.
 QUICK = ("act", "flow", "openvla", "pi0")
 #: Fall by less than nine tenths in so few steps.
-UNFINISHED = ("diffusion_policy", "lingbot_va", "octo", "openvla_oft", "rt1", "smolvla")
+UNFINISHED = ("diffusion_policy", "lingbot_va", "openvla_oft", "rt1", "smolvla")
 
 
 def marks(name: str) -> list:
