@@ -26,13 +26,14 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /vla
+ENV PIP_CACHE_DIR=/var/cache/pip
 
 # The environment before the sources, so that a change of code does not install it anew. On this platform pip's torch
 # brings CUDA; onnxruntime-gpu takes the place of the CPU build, and TensorRT comes as wheels.
 COPY vla ./
 COPY ros2_ws/requirements.txt ros2_ws/requirements-gpu.txt ros2_ws/
 # hadolint ignore=SC1091,DL3042
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     source /opt/ros/jazzy/setup.bash \
     && ./vla environment \
     && .vla/venv/bin/python -m pip uninstall -y onnxruntime \
@@ -42,6 +43,8 @@ COPY . .
 # hadolint ignore=SC1091
 RUN source /opt/ros/jazzy/setup.bash && ./vla build
 
+# The recorder writes to its user's ~/vla_bags.
+RUN ln -s /bags ~/vla_bags
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
 COPY docker/entrypoint.sh /entrypoint.sh

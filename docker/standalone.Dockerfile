@@ -12,11 +12,12 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /vla
+ENV PIP_CACHE_DIR=/var/cache/pip
 # The environment before the sources, so that a change of code does not install it anew.
 COPY vla ./
 COPY ros2_ws/requirements.txt ros2_ws/requirements-ros.txt ros2_ws/fit_wheels.py ros2_ws/
 # hadolint ignore=DL3042
-RUN --mount=type=cache,target=/root/.cache/pip ./vla environment
+RUN --mount=type=cache,target=/var/cache/pip ./vla environment
 
 COPY . .
 RUN ./vla build

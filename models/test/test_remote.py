@@ -9,8 +9,8 @@ import vla_models
 from vla_core.actions import ActionSpace
 from vla_models import identity_normalizers
 from vla_models.checkpoint import Checkpoint, write_checkpoint
+from vla_models.openpi_client import pack, unpack
 from vla_models.policy import ArmState, CheckpointError, PolicyError, PolicyObservation, PolicySpec
-from vla_models.remote import pack, unpack
 
 websockets = pytest.importorskip("websockets.sync.server")
 
@@ -124,7 +124,7 @@ def test_no_server_and_wrong_settings_are_named(policy_at):
         policy_at("ws://127.0.0.1:9").infer(OBSERVATION)
     with pytest.raises(CheckpointError, match="unknown settings.*colour"):
         policy_at("ws://127.0.0.1:9", colour=1)
-    with pytest.raises(CheckpointError, match="images: expected a key for each camera"):
+    with pytest.raises(CheckpointError, match="images: expected a name for each camera"):
         policy_at("ws://127.0.0.1:9", images={})
 
 

@@ -9,7 +9,6 @@ unpickled freely: `read_actions` knows the few names that a chunk consists of, a
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pickle
 import time
@@ -21,16 +20,8 @@ from typing import Any
 import numpy as np
 
 from vla_models.normalization import Normalizer
-from vla_models.policy import (
-    ChunkPrefix,
-    InferenceRequest,
-    ModelInputs,
-    Policy,
-    PolicyError,
-    PolicyObservation,
-    PolicyOutput,
-    PolicySpec,
-)
+from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
+from vla_models.remote import RemotePolicy
 
 SERVICE = "/transport.AsyncInference/"
 HELPERS = "lerobot.async_inference.helpers"
@@ -60,34 +51,21 @@ class LerobotConfig:
     load_timeout: float = 300.0
 
 
-class LerobotServerPolicy(Policy):
-    """A policy that a LeRobot policy server runs. Raises PolicyError when it does not answer in time."""
+class LerobotServerPolicy(RemotePolicy):
+    """A policy that a LeRobot policy server runs."""
+
+    Config = LerobotConfig
 
     def __init__(self, spec: PolicySpec, normalizers: Mapping[str, Normalizer], config: Mapping[str, Any]):
-        super().__init__(spec, normalizers)
-        names = {f.name for f in dataclasses.fields(LerobotConfig)}
-        if unknown := set(config) - names:
-            raise PolicyError(f"lerobot_server: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
-        self.config = LerobotConfig(**{k: tuple(v) if k == "state" else v for k, v in config.items()})
-        if missing := sorted(set(spec.cameras) - set(self.config.images)):
-            raise PolicyError(f"lerobot_server: images: expected a name for each camera, found none for {missing}")
+        super().__init__(spec, normalizers, config)
         if len(self.config.state) != spec.state_dim:
             raise PolicyError(f"lerobot_server: state: expected {spec.state_dim} names, found {len(self.config.state)}")
         self._channel: Any = None
-        self._instruction = ""
         self._step = 0
-
-    @property
-    def runtime(self) -> str:
-        return "remote"
 
     @property
     def provider(self) -> str:
         return self.config.address
-
-    def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
-        self._instruction = observation.instruction
-        return super().infer(observation, request)
 
     def run(
         self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
@@ -96,36 +74,26 @@ class LerobotServerPolicy(Policy):
         if self._channel is None:
             self._connect()
         self._step += 1
-        seen: dict[str, Any] = dict(zip(self.config.state, inputs.state[0].tolist(), strict=True))
-        for camera, image in zip(self.spec.cameras, inputs.images, strict=True):
-            seen[self.config.images[camera]] = np.rint(np.moveaxis(image[0], -3, -1) * 255.0).astype(np.uint8)
-        seen["task"] = self._instruction
+        numbers = dict(zip(self.config.state, inputs.state[0].tolist(), strict=True))
+        seen = {**numbers, **self.pictures(inputs), "task": self.instruction}
         observation = {"timestamp": time.time(), "timestep": self._step, "observation": seen, "must_go": True}
         self._call("SendObservations", pieces(write_instance("TimedObservation", observation)), self.config.timeout)
         data = read_field(self._call("GetActions", b"", self.config.timeout), 1)
         if not data:
-            raise self._error("expected actions, found none: the server's log says why")
+            raise self.error("expected actions, found none: the server's log says why")
         try:
             steps, actions = read_actions(data)
         except Exception as error:  # a pickle can go wrong in every way
-            raise self._error(f"actions: not readable: {error}") from error
+            raise self.error(f"actions: not readable: {error}") from error
         if steps[:1] != [self._step]:
-            raise self._error(f"expected the answer to observation {self._step}, found that to {steps[:1]}")
-        expected = (self.spec.horizon, self.spec.action_dim)
-        if actions.shape != expected:
-            raise self._error(f"actions: expected {expected}, found {actions.shape}")
+            raise self.error(f"expected the answer to observation {self._step}, found that to {steps[:1]}")
         timings["sample"] = time.perf_counter() - start
-        return actions[None].astype(np.float32)
+        return self.chunk(actions)
 
     def close(self) -> None:
-        """End the connection; the next inference makes a new one."""
         if self._channel is not None:
             channel, self._channel = self._channel, None
             channel.close()
-
-    def _error(self, what: str) -> PolicyError:
-        self.close()
-        return PolicyError(f"policy {self.spec.name}: server {self.config.address}: {what}")
 
     def _connect(self) -> None:
         try:
@@ -160,7 +128,7 @@ class LerobotServerPolicy(Policy):
         except grpc.RpcError as error:
             late = error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             said = f"no answer within {timeout} s" if late else error.details()
-            raise self._error(f"{method}: {said}") from error
+            raise self.error(f"{method}: {said}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- messages

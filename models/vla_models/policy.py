@@ -197,6 +197,14 @@ def example_spec(
     return PolicySpec(**(values | fields_))
 
 
+def make_config(kind: type, values: Mapping[str, Any]) -> Any:
+    """A configuration (dataclass) from plain values; lists become tuples. Raises PolicyError for unknown keys."""
+    names = {f.name for f in fields(kind)}
+    if unknown := set(values) - names:
+        raise PolicyError(f"{kind.__name__}: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 @dataclass(frozen=True)
 class ArmState:
     """What one arm measured: joints (n,) rad (m); tool pose (7,) [x y z qx qy qz qw], base frame; opening 0 to 1."""

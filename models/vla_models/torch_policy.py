@@ -28,6 +28,7 @@ from vla_models.policy import (
     PolicyError,
     PolicySpec,
     example_spec,
+    make_config,
 )
 from vla_models.sampling import Guidance, PrefixGuidance, RtcGuidance, sample_flow
 
@@ -222,14 +223,6 @@ def guidance_of(prefix: ChunkPrefix | None) -> Guidance | None:
     if prefix.mode == "prefix":
         return PrefixGuidance(prefix.target, prefix.known)
     return RtcGuidance(prefix.target, prefix.weights, prefix.beta)
-
-
-def make_config(kind: type, values: Mapping[str, Any]) -> Any:
-    """A recipe's configuration from plain values; lists become tuples. Raises PolicyError for unknown keys."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    if unknown := set(values) - names:
-        raise PolicyError(f"{kind.__name__}: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def load_torch(

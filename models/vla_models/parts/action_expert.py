@@ -10,6 +10,7 @@ computed once for all integration steps (pi0, arXiv 2410.24164, appendix B).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class ActionExpertConfig(PaliGemmaConfig):
     prefix_share: float = 0.5
 
 
-class ActionExpert(nn.Module):
+class ActionExpert(nn.Module, ABC):
     """The network; a recipe says how actions and their flow time become tokens (`tokens_of`).
 
     adaptive: whether the flow time steers the expert's norms (pi0.5) and not its tokens (pi0).
@@ -78,12 +79,12 @@ class ActionExpert(nn.Module):
         """Tokens (B, n, expert_width) that the expert adds to the context."""
         return None
 
+    @abstractmethod
     def tokens_of(self, actions: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
         """The expert's tokens (B, H, expert_width) and the condition of its norms.
 
         actions: (B, H, expert_width), projected. time: sines and cosines of the flow time, (B, 1 or H, expert_width).
         """
-        raise NotImplementedError
 
     def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The context: keys and values (B, layers, 2, kv_heads, S, head_dim), and (B, S) bool, false for padding."""

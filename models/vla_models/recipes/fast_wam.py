@@ -40,9 +40,9 @@ from vla_models.parts.video_dit import (
     turns,
 )
 from vla_models.parts.video_vae import FRAMES, PIXELS, VAE_RULES, VaeConfig, VideoEncoder, open_wan, vae_config
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec, make_config
 from vla_models.published import Rule, TensorFiles
-from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset, make_config
+from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset
 
 PROMPT = "A video recorded from a robot's point of view executing the following instruction: {task}"
 #: Of the training recordings (LIBERO), s.

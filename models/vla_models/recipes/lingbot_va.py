@@ -43,10 +43,10 @@ from vla_models.parts.video_dit import (
     turns,
 )
 from vla_models.parts.video_vae import FRAMES, PIXELS, VAE_RULES, VaeConfig, VideoEncoder, open_wan, vae_config
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec, make_config
 from vla_models.published import Rule, TensorFiles
 from vla_models.sampling import sample_flow
-from vla_models.torch_policy import Batch, Preset, make_config
+from vla_models.torch_policy import Batch, Preset
 
 #: How the cameras' latents are put together: beside each other; or the second and third, of half the size, beside each
 #: other above the first.
