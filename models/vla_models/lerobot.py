@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,11 @@ MODES = {
 }
 
 
+def arms_of(dim: int) -> dict[str, int]:
+    """Arm -> joints for `dim` numbers, which say no more: an ALOHA pair for 14, one arm with a gripper otherwise."""
+    return {"left": 6, "right": 6} if dim == 14 else {"arm": dim - 1}
+
+
 class Statistics:
     """Statistics of a checkpoint's training data: feature ("observation.state", "action", ...) -> normaliser.
 
@@ -39,6 +45,17 @@ class Statistics:
         for path in sorted(folder.glob("policy_*processor*.safetensors")):
             tensors = TensorFiles(path)
             self.found |= {name.replace(".", "_"): tensors[name] for name in tensors.shapes}
+
+    def normalizers(self, modes: Mapping[str, str], state: int, dim: int, bare: bool = False) -> dict[str, Normalizer]:
+        """Of the state (`state` numbers) and the action (`dim`). modes: normalization_mapping of config.json.
+
+        bare: a base model, which has no statistics at all, is not normalised. Raises CheckpointError.
+        """
+        wanted = {} if bare and not self.found else modes
+        return {
+            "state": self.normalizer("observation.state", wanted.get("STATE", "IDENTITY"), state),
+            "action": self.normalizer("action", wanted.get("ACTION", "IDENTITY"), dim),
+        }
 
     def normalizer(self, feature: str, mode: str, dim: int) -> Normalizer:
         """Of `dim` numbers. mode: one of MODES. Raises CheckpointError."""

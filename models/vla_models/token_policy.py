@@ -11,7 +11,7 @@ becomes one exported graph; which token is taken is decided outside of them (`de
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vla_models.parts.language_model import VisionLanguageModel
 from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
 from vla_models.tokenizer import TokenizerError
-from vla_models.tokenizers import decode_answer
+from vla_models.tokenizers import FastTokenizer, decode_answer
 from vla_models.torch_policy import Batch, Inputs, TorchPolicy
 
 
@@ -160,6 +160,18 @@ class TokenPolicy(TorchPolicy):
 
     def _undecodable(self, error: TokenizerError) -> PolicyError:
         return PolicyError(f"policy {self.spec.name}: the network's answer is no chunk of actions: {error}")
+
+
+class FastPolicy(TokenPolicy):
+    """A TokenPolicy whose answers are FAST tokens; its Config has `fast` (FastTokenizer.to_dict) and `merges`."""
+
+    @classmethod
+    def fitted(cls, network: Mapping[str, Any], chunks: Callable[[], np.ndarray]) -> Mapping[str, Any]:
+        """The settings with a FAST tokeniser of the recorded chunks, unless they have one already."""
+        if network.get("fast"):
+            return network
+        fast = FastTokenizer.fit(chunks(), vocabulary=network.get("merges", cls.Config.merges))
+        return {**network, "fast": fast.to_dict()}
 
 
 def stack(rows: Sequence[np.ndarray], counted: Sequence[np.ndarray], device: Any) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, Statistics, arms_of
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
 from vla_models.parts.flow import draw_flow, matching_loss
@@ -211,16 +211,13 @@ class ActionExpertPolicy(FlowPolicy):
                 f"{where}: relative_exclude_joints: expected ['gripper'], found {config.get('relative_exclude_joints')}"
             )
         statistics = Statistics(folder, files)
-        normalizers = {
-            name: statistics.normalizer(key, modes.get(kind, "IDENTITY") if statistics.found else "IDENTITY", numbers)
-            for name, key, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-        }
+        normalizers = statistics.normalizers(modes, numbers, numbers, bare=True)
         contract = dict(cls.contract) | {
             "steps": int(config.get("num_inference_steps", 10)), "context": context, "tokenizer": "tokenizer.json",
             "guidance": ("guided",), "prefix_limit": 0, "optional": tuple(cameras)[1:], "horizon": horizon,
             "period": 0.02,
         }  # fmt: skip
-        spec = example_spec(cls.name(), {"left": 6, "right": 6} if numbers == 14 else {"arm": numbers - 1}, cameras,
+        spec = example_spec(cls.name(), arms_of(numbers), cameras,
                             **contract)  # fmt: skip
         if relative:
             spec = replace(spec, action_space=replace(spec.action_space, reference="chunk"))

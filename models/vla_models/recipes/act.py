@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, Statistics, arms_of
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
 from vla_models.parts.cvae import divergence, draw_latent, mean_l1
@@ -287,17 +287,14 @@ class ActPolicy(OnePassPolicy):
                 f"({dim}), found {sorted(shapes)} and {state}"
             )
         statistics = Statistics(folder, files)
-        normalizers = {
-            name: statistics.normalizer(key, modes.get(kind, "IDENTITY"), dim)
-            for name, key, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-        }
+        normalizers = statistics.normalizers(modes, dim, dim)
         images = [statistics.normalizer(IMAGES + name, modes.get("VISUAL", "IDENTITY"), 3) for name in cameras]
         network = dataclasses.replace(
             network,
             image_mean=tuple(float(value) for image in images for value in image.offset),
             image_std=tuple(float(value) for image in images for value in image.scale),
         )
-        arms = {"left": 6, "right": 6} if dim == 14 else {"arm": dim - 1}
+        arms = arms_of(dim)
         spec = example_spec(cls.name(), arms, cameras, horizon=horizon, period=PERIOD)
         return spec, network, normalizers
 

@@ -261,10 +261,7 @@ class DiffusionPolicy(DenoisingPolicy):
                 f"({dim}), found {sorted(shapes)} and {state}"
             )
         statistics = Statistics(folder, files)
-        normalizers = {
-            name: statistics.normalizer(feature, modes.get(kind, "IDENTITY"), dim)
-            for name, feature, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-        }
+        normalizers = statistics.normalizers(modes, dim, dim)
         images = [statistics.normalizer(name, modes.get("VISUAL", "IDENTITY"), 3) for name, _ in cameras.values()]
         stem = f"diffusion.rgb_encoder.{'' if shared else '0.'}backbone.0.weight"
         network = DiffusionPolicyConfig(

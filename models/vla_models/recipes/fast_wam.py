@@ -290,10 +290,7 @@ class FastWamPolicy(FlowPolicy):
                 f"{where}: expected as many numbers of state as of action, or 8 and 7, found {state}, {dim}"
             )
         statistics = Statistics(folder, files)
-        normalizers = {
-            "state": statistics.normalizer("observation.state", modes.get("STATE", "IDENTITY"), state),
-            "action": statistics.normalizer("action", modes.get("ACTION", "IDENTITY"), dim),
-        }
+        normalizers = statistics.normalizers(modes, state, dim)
         prefix = "observation.images."
         cameras = {name.removeprefix(prefix): shapes[name][1:] for name in sorted(shapes) if name.startswith(prefix)}
         space = ActionSpace(("arm",), "pose", (), "step", rotation="rotvec") if dim == state - 1 else None

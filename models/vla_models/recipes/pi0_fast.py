@@ -14,22 +14,21 @@ Checkpoints: lerobot/pi0fast-base and what LeRobot trained from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, Statistics, arms_of
 from vla_models.normalization import Normalizer
 from vla_models.parts.mixture import Mixture
 from vla_models.parts.paligemma import Embedder, PaliGemmaConfig, paligemma_rules, paligemma_sizes
 from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
 from vla_models.published import Rule, TensorFiles, find_checkpoint, translate
-from vla_models.token_policy import TokenNetwork, TokenPolicy
+from vla_models.token_policy import FastPolicy, TokenNetwork
 from vla_models.tokenizer import FileTokenizer, TokenizerError
 from vla_models.tokenizers import FastAnswer, FastTokenizer
 from vla_models.torch_policy import Preset
@@ -100,7 +99,7 @@ EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 IMAGES = "observation.images."
 
 
-class Pi0FastPolicy(TokenPolicy):
+class Pi0FastPolicy(FastPolicy):
     """The recipe "pi0_fast" on torch."""
 
     Config, Network = Pi0FastConfig, Pi0FastNetwork
@@ -128,14 +127,6 @@ class Pi0FastPolicy(TokenPolicy):
         ),
     }  # fmt: skip
     training = {"horizon": 50, "period": 0.02, "lr": 2.5e-5, "state": "joint", "kind": "joint"}
-
-    @classmethod
-    def fitted(cls, network: Mapping[str, Any], chunks: Callable[[], np.ndarray]) -> Mapping[str, Any]:
-        """The settings with a FAST tokeniser of the recorded chunks, unless they have one already."""
-        if network.get("fast"):
-            return network
-        fast = FastTokenizer.fit(chunks(), vocabulary=network.get("merges", cls.Config.merges))
-        return {**network, "fast": fast.to_dict()}
 
     @classmethod
     def read_published(
@@ -193,11 +184,8 @@ def _specification(
     if config.get("use_relative_actions"):
         raise CheckpointError(f"{where}: use_relative_actions: expected false, found true")
     statistics = Statistics(folder, files)
-    normalizers = {
-        name: statistics.normalizer(key, modes.get(mode, "IDENTITY") if statistics.found else "IDENTITY", numbers)
-        for name, key, mode in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-    }
-    arms = {"left": 6, "right": 6} if numbers == 14 else {"arm": numbers - 1}
+    normalizers = statistics.normalizers(modes, numbers, numbers, bare=True)
+    arms = arms_of(numbers)
     return example_spec(kind.name(), arms, cameras, **contract, optional=tuple(cameras)[1:]), normalizers
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, Statistics, arms_of
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
 from vla_models.parts.flow import draw_flow, matching_loss, pad_last
@@ -296,10 +296,7 @@ class SmolVlaPolicy(FlowPolicy):
                 f"resize_imgs_with_padding, found {cameras}, {state} and {side}"
             )
         statistics = Statistics(folder, files)
-        normalizers = {
-            name: statistics.normalizer(key, modes.get(kind, "IDENTITY") if statistics.found else "IDENTITY", dim)
-            for name, key, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-        }
+        normalizers = statistics.normalizers(modes, dim, dim, bare=True)
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file():
             tokenizer = find_checkpoint(backbone, ("tokenizer.json",)) / "tokenizer.json"
@@ -307,7 +304,7 @@ class SmolVlaPolicy(FlowPolicy):
             "steps": steps, "guidance": ("guided",), "prefix_limit": 0, "padding": PADDING, "optional": cameras[1:],
             "tokenizer": tokenizer.name if tokenizer.parent == folder else str(tokenizer),
         }  # fmt: skip
-        arms = {"left": 6, "right": 6} if dim == 14 else {"arm": dim - 1}
+        arms = arms_of(dim)
         spec = example_spec(cls.name(), arms, dict.fromkeys(cameras, tuple(side[::-1])), **contract)
         return spec, _sizes(files, backbone, self_every), normalizers
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, Statistics, arms_of
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
 from vla_models.parts.flow import draw_flow, matching_loss
@@ -245,17 +245,14 @@ def read_wall_oss(
             f"found {sorted(shapes)} and {state}"
         )
     statistics = Statistics(folder, files)
-    normalizers = {
-        name: statistics.normalizer(key, modes.get(kind, "IDENTITY") if statistics.found else "IDENTITY", dim)
-        for name, key, kind in (("state", "observation.state", "STATE"), ("action", "action", "ACTION"))
-    }
+    normalizers = statistics.normalizers(modes, dim, dim, bare=True)
     tokenizer = base / "tokenizer.json"
     fields = {
         "horizon": config.get("chunk_size", contract["horizon"]), "padding": ids.pop("padding"),
         "tokenizer": tokenizer.name if base == folder else str(tokenizer), "prompt": prompt_of(cameras),
         "optional": tuple(cameras)[1:], "guidance": contract.get("guidance", ())[:1], "prefix_limit": 0,
     }  # fmt: skip
-    arms = {"left": 6, "right": 6} if dim == 14 else {"arm": dim - 1}
+    arms = arms_of(dim)
     return example_spec(recipe, arms, cameras, **{**contract, **fields}), {**sizes, **ids}, normalizers
 
 

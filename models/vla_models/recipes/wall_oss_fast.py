@@ -9,7 +9,7 @@ See the recipe "pi0_fast" for what becomes of an answer that is no chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vla_models.parts.qwen_vl import Prefix, QwenVl, QwenVlConfig
 from vla_models.policy import CheckpointError, PolicyError, PolicySpec
 from vla_models.published import TensorFiles
 from vla_models.recipes.wall_oss import CAMERAS, PUBLISHED, TINY, read_wall_oss, text_of
-from vla_models.token_policy import TokenNetwork, TokenPolicy
+from vla_models.token_policy import FastPolicy, TokenNetwork
 from vla_models.tokenizer import TokenizerError, make_tokenizer
 from vla_models.tokenizers import FastAnswer, FastTokenizer
 from vla_models.torch_policy import Inputs, Preset
@@ -121,7 +121,7 @@ class WallOssFastNetwork(TokenNetwork):
         return self.vlm.logits(hidden[:, -1]), torch.where(here, added, tail)
 
 
-class WallOssFastPolicy(TokenPolicy):
+class WallOssFastPolicy(FastPolicy):
     """The recipe "wall_oss_fast" on torch. Reads WALL-OSS with a FAST tokeniser in the folder `fast` beside it."""
 
     Config, Network = WallOssFastConfig, WallOssFastNetwork
@@ -145,14 +145,6 @@ class WallOssFastPolicy(TokenPolicy):
 
     def __init__(self, spec: PolicySpec, *args: Any, **kwargs: Any):
         super().__init__(without_last(text_of(spec)), *args, **kwargs)
-
-    @classmethod
-    def fitted(cls, network: Mapping[str, Any], chunks: Callable[[], np.ndarray]) -> Mapping[str, Any]:
-        """The settings with a FAST tokeniser of the recorded chunks, unless they have one already."""
-        if network.get("fast"):
-            return network
-        fast = FastTokenizer.fit(chunks(), vocabulary=network.get("merges", cls.Config.merges))
-        return {**network, "fast": fast.to_dict()}
 
     @classmethod
     def read_published(
