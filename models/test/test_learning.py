@@ -19,20 +19,38 @@ from vla_models.train import TrainConfig, Trainer  # noqa: E402
 
 SAMPLES = 16
 #: Optimisation steps and learning rate, where a recipe wants others than most.
-STEPS, RATE = 150, 3e-3
-SETTINGS: dict[str, tuple[int, float]] = {"fast_wam": (150, 8e-3), "gr2": (250, 4e-3), "lingbot_va": (300, 8e-3)}
-SETTINGS |= dict.fromkeys(("pi0", "pi05", "pi06"), (150, 6e-3))
-SETTINGS |= {"pi0_fast": (150, 1e-2), "rt2": (150, 1e-2), "rth": (250, 6e-3), "octo": (200, 1e-2), "rdt": (200, 4e-3)}
-#: One recipe of each kind of head; all of them together are slow.
-QUICK = ("act", "flow", "openvla", "pi0")
-#: Fall by less than nine tenths in so few steps.
-UNFINISHED = ("diffusion_policy", "lingbot_va", "openvla_oft", "rt1", "smolvla")
+STEPS, RATE = 150, 6e-3
+SETTINGS: dict[str, tuple[int, float]] = {
+    "act": (100, 3e-3),
+    "diffusion_policy": (280, 2e-3),
+    "fast_wam": (150, 8e-3),
+    "flow": (120, 6e-3),
+    "gr2": (250, 4e-3),
+    "lingbot_va": (300, 8e-3),
+    "octo": (200, 1e-2),
+    "openvla": (150, 3e-3),
+    "openvla_oft": (150, 1e-2),
+    "pi0_fast": (150, 1e-2),
+    "rdt": (200, 4e-3),
+    "rt1": (150, 6e-3),
+    "rt2": (150, 1e-2),
+    "rth": (250, 6e-3),
+    "smolvla": (150, 1e-2),
+    "wall_oss": (150, 3e-3),
+    "wall_oss_fast": (150, 3e-3),
+}
+#: Settings of a network without which training sees other images than use does.
+NETWORKS: dict[str, dict] = {"diffusion_policy": {"crop": ()}}
+#: One recipe of each kind of head but diffusion, which wants more steps; all of them together are slow.
+QUICK = ("act", "flow", "openvla")
+#: Recipes that fall by less than nine tenths, and why.
+UNFINISHED = {"lingbot_va": "falls to 0.36 of what it was in 300 steps"}
 
 
 def marks(name: str) -> list:
     """Of a recipe's test."""
     slow = [] if name in QUICK else [pytest.mark.slow]
-    return slow + [pytest.mark.xfail(reason="wants more steps than this test has")] * (name in UNFINISHED)
+    return slow + ([pytest.mark.xfail(reason=UNFINISHED[name])] if name in UNFINISHED else [])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +81,11 @@ def panda_spec(name: str) -> PolicySpec:
 
 
 def error(policy, arrays) -> float:
-    """Mean square error of what the policy does in each sample, in normalised units."""
+    """Mean square error of what the policy does in each sample until the episode ends, in normalised units.
+
+    Actions past the end of the episode are no part of any loss, so they are none of what is learnt. A chunk may be
+    shorter than the horizon, as LingBot-VA's first one is.
+    """
     found = []
     for k in range(SAMPLES):
         images = tuple(np.moveaxis(arrays[f"camera/{camera}"][k : k + 1], -1, -3).astype(np.float32) / 255.0
@@ -72,8 +94,9 @@ def error(policy, arrays) -> float:
         noise = np.random.default_rng(k).standard_normal(policy.noise_shape).astype(np.float32)
         actions = policy.run(inputs, noise, None, {})[0, :, : policy.spec.action_dim]
         policy.reset()
-        found.append(np.square(actions - arrays["actions"][k]).mean())
-    return float(np.mean(found))
+        wanted, past = (arrays[part][k][: len(actions)] for part in ("actions", "padded"))
+        found.append(np.square(actions - wanted)[~past])
+    return float(np.mean(np.concatenate(found)))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in sorted(RECIPES)])
@@ -81,7 +104,8 @@ def test_sixteen_samples_are_learnt_by_heart(name, bags):
     kind, spec = policy_class(name), panda_spec(name)
     episodes = load_episodes(bags, spec, workers=1)
     torch.manual_seed(0)
-    policy = kind(spec, fit_normalizers(episodes, spec, kind.normalization), kind.preset("tiny")[1])
+    network = dataclasses.replace(kind.preset("tiny")[1], **NETWORKS.get(name, {}))
+    policy = kind(spec, fit_normalizers(episodes, spec, kind.normalization), network)
     dataset = Dataset(episodes, policy.processor)
     arrays = dataset.batch(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int))
     before = error(policy, arrays)

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from vla_models.denoising_policy import DenoisingPolicy, denoising_loss, draw_noise
 from vla_models.diffusion import Diffusion
-from vla_models.lerobot import STATISTICS, Statistics
+from vla_models.lerobot import STATISTICS, LeRobotConfig
 from vla_models.normalization import Normalizer
 from vla_models.parts.denoisers import TransformerDenoiser, UnetDenoiser
 from vla_models.parts.keypoints import KeypointEncoder, crop
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles
+from vla_models.policy import PolicyError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles, require
 from vla_models.torch_policy import Batch, Inputs, Preset
 
 BACKBONES = ("unet", "transformer")
@@ -65,7 +65,6 @@ for _there, _here in (
         rf"{_there}\.cond_encoder\.1\.(.*)": rf"unet.{_here}.film.\3",
         rf"{_there}\.residual_conv\.(.*)": rf"unet.{_here}.skip.\3",
     }
-IMAGES = "observation.image"
 #: Our settings -> LeRobot's.
 SETTINGS = {
     "points": "spatial_softmax_num_keypoints",
@@ -203,7 +202,8 @@ class DiffusionPolicy(DenoisingPolicy):
         "network": {"crop": (84, 112)},
     }
     _pusht = {"arms": {"arm": 1}, "cameras": {"image": (96, 96)}, "horizon": 15, "period": PERIOD}
-    _small = {"points": 8, "crop": (24, 32), "resnet_width": 16, "training_steps": 10}
+    # Two columns of the feature map are the fewest in which a keypoint can move.
+    _small = {"points": 8, "crop": (24, 34), "resnet_width": 16, "training_steps": 10}
     _quick = {"cameras": {"scene": (28, 36)}, "horizon": 7, "steps": 5, "prefix_limit": 4}
     published = (
         STATISTICS,
@@ -219,7 +219,7 @@ class DiffusionPolicy(DenoisingPolicy):
     presets = {
         "paper": Preset(DiffusionPolicyConfig(), _pusht),
         "transformer": Preset(DiffusionPolicyConfig(backbone="transformer"), _pusht),
-        "tiny": Preset(DiffusionPolicyConfig(channels=(16, 32), kernel=3, time_width=16, **_small), _quick),
+        "tiny": Preset(DiffusionPolicyConfig(channels=(64, 64), kernel=3, time_width=16, **_small), _quick),
         "tiny_transformer": Preset(DiffusionPolicyConfig("transformer", width=16, layers=2, heads=2, **_small), _quick),
     }
 
@@ -227,53 +227,34 @@ class DiffusionPolicy(DenoisingPolicy):
     def read_published(
         cls, folder: Path, config: Mapping[str, Any], files: TensorFiles
     ) -> tuple[PolicySpec, DiffusionPolicyConfig, dict[str, Normalizer]]:
-        """LeRobot's Diffusion Policy (lerobot/diffusion_pusht), with its statistics in either of its two places.
+        """LeRobot's Diffusion Policy (lerobot/diffusion_pusht).
 
-        N numbers of state and action are one arm of N - 1 joints and a gripper. PushT has none: its x and y, in pixels,
-        pass for a joint and an opening; `run` gives them, while targets would be clipped as an opening is.
+        PushT has no arm: its x and y, in pixels, pass for a joint and an opening; `run` gives them, while targets would
+        be clipped as an opening is.
         """
-        where = folder / "config.json"
-        try:
-            shapes = {name: tuple(value["shape"]) for name, value in config["input_features"].items()}
-            state, dim = shapes.pop("observation.state")[0], config["output_features"]["action"]["shape"][0]
-            modes = config["normalization_mapping"]
-            history, steps = config["n_obs_steps"], config["num_inference_steps"] or config["num_train_timesteps"]
-            settings = {ours: config[theirs] for ours, theirs in SETTINGS.items()}
-            settings["crop"] = tuple(config["crop_shape"] or ())
-            settings["channels"] = tuple(config["down_dims"])
-            settings["sampler"] = config["noise_scheduler_type"].lower()
-            settings["clip"] = float(config["clip_sample_range"]) if config["clip_sample"] else 0.0
-            settings["norm"] = "group" if config["use_group_norm"] else "frozen_batch"
-            horizon, shared = config["horizon"], not config.get("use_separate_rgb_encoder_per_camera", False)
-            fixed = {name: config.get(name, value) for name, value in FIXED.items()}
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CheckpointError(
-                f"{where}: expected settings of LeRobot's Diffusion Policy, found no {error}"
-            ) from error
-        if fixed != FIXED:
-            raise CheckpointError(f"{where}: expected {FIXED}, found {fixed}")
-        cameras = {
-            name.rpartition(".")[2]: (name, size[1:]) for name, size in shapes.items() if name.startswith(IMAGES)
-        }
-        if len(cameras) < len(shapes) or not cameras or state != dim:
-            raise CheckpointError(
-                f"{where}: input_features: expected images and as many numbers in observation.state as in action "
-                f"({dim}), found {sorted(shapes)} and {state}"
-            )
-        statistics = Statistics(folder, files)
-        normalizers = statistics.normalizers(modes, dim, dim)
-        images = [statistics.normalizer(name, modes.get("VISUAL", "IDENTITY"), 3) for name, _ in cameras.values()]
+        require(folder / "config.json", config, FIXED)
+        robot = LeRobotConfig(folder, config, files)
+        shared = not config.get("use_separate_rgb_encoder_per_camera", False)
         stem = f"diffusion.rgb_encoder.{'' if shared else '0.'}backbone.0.weight"
         network = DiffusionPolicyConfig(
-            image_mean=tuple(float(value) for image in images for value in image.offset),
-            image_std=tuple(float(value) for image in images for value in image.scale),
+            **{ours: config[theirs] for ours, theirs in SETTINGS.items()},
+            crop=tuple(config["crop_shape"] or ()),
+            channels=tuple(config["down_dims"]),
+            sampler=config["noise_scheduler_type"].lower(),
+            clip=float(config["clip_sample_range"]) if config["clip_sample"] else 0.0,
+            norm="group" if config["use_group_norm"] else "frozen_batch",
             shared=shared,
-            resnet_width=files.shapes[stem][0] if stem in files.shapes else 64,
-            **settings,
+            resnet_width=files.shapes[stem][0],
+            **robot.image_numbers(),
         )
-        contract = {**cls.contract, "history": history, "steps": steps, "horizon": horizon - history + 1}
-        sizes = {name: size for name, (_, size) in cameras.items()}
-        return example_spec(cls.name(), {"arm": dim - 1}, sizes, period=PERIOD, **contract), network, normalizers
+        history = config["n_obs_steps"]
+        contract = cls.contract | {
+            "history": history,
+            "horizon": config["horizon"] - history + 1,
+            "steps": config["num_inference_steps"] or config["num_train_timesteps"],
+        }
+        spec = example_spec(cls.name(), robot.arms, robot.cameras, period=PERIOD, **contract)
+        return spec, network, robot.normalizers()
 
 
 def _cropped(name: str, size: tuple[int, int], config: DiffusionPolicyConfig) -> tuple[int, ...]:
