@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -140,6 +141,17 @@ def exported_act(tmp_path_factory):
     return _exported(tmp_path_factory.mktemp("act"), spec, {})
 
 
+@pytest.fixture(scope="session")
+def exported_diffusion(tmp_path_factory):
+    """(folder, exported graphs by name) of a tiny Diffusion Policy of one level."""
+    pytest.importorskip("torch")
+    from vla_models import policy_class
+
+    spec, tiny = policy_class("diffusion_policy").preset("tiny")
+    changes = dataclasses.asdict(tiny) | {"channels": (16,)}
+    return _exported(tmp_path_factory.mktemp("diffusion"), spec, changes)
+
+
 def _exported(folder, spec, changes):
     torch = pytest.importorskip("torch")
     from vla_models import build
@@ -150,7 +162,7 @@ def _exported(folder, spec, changes):
     rng = np.random.default_rng(3)
     normalizers = {name: Normalizer("mean_std", rng.normal(size=dim), rng.uniform(0.5, 2, dim))
                    for name, dim in (("state", spec.state_dim), ("action", spec.action_dim))}  # fmt: skip
-    config = TINY[spec.recipe] | changes
+    config = TINY.get(spec.recipe, {}) | changes
     network = build(spec.recipe, config, spec=spec, normalizers=normalizers).network
     weights = {name: value.numpy() + rng.normal(0, 0.05, value.shape).astype(np.float32)
                for name, value in network.state_dict().items()}  # fmt: skip

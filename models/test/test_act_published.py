@@ -92,7 +92,7 @@ def test_a_checkpoint_brings_its_robot_and_statistics(fixture, loaded):
 
 def test_statistics_beside_the_weights_say_the_same(fixture, loaded, tmp_path):
     folder = fixture.write(tmp_path)
-    with pytest.raises(CheckpointError, match="expected observation.state.mean"):
+    with pytest.raises(CheckpointError, match="expected observation.images.top.mean"):
         vla_models.load(folder)
     given = buffers()
     names = {
@@ -132,7 +132,7 @@ def test_tensors_that_do_not_fit_are_named(fixture, tmp_path, change, message):
     ("change", "message"),
     [
         ({"pre_norm": True}, "pre_norm: expected False"),
-        ({"chunk_size": None}, "expected the settings of LeRobot's ACT"),
+        ({"chunk_size": None}, "expected settings and tensors of the recipe .act., found TypeError"),
         ({"output_features": {"action": {"shape": [13]}}}, "as many numbers"),
         ({"normalization_mapping": {"STATE": "LOG"}}, "normalisation: expected"),
     ],

@@ -10,13 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 import vla_models  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from vla_models.checkpoint import Checkpoint, write_checkpoint, write_tensors  # noqa: E402
+from vla_models.checkpoint import Checkpoint, write_tensors  # noqa: E402
 from vla_models.denoising_policy import DenoisingPolicy, draw_noise  # noqa: E402
 from vla_models.diffusion import Diffusion  # noqa: E402
-from vla_models.export import _convolution_backward, build_graph, compare, export_checkpoint, graph_sources  # noqa: E402
+from vla_models.export import _convolution_backward, build_graph, compare, graph_sources  # noqa: E402
 from vla_models.policy import ArmState, InferenceRequest, PolicyObservation, example_spec  # noqa: E402
-from vla_models.recipes.diffusion_policy import DiffusionPolicy  # noqa: E402
-from vla_models.runtime_onnx import DIFFUSION_KEY, Graph, OnnxPolicy, ProviderOptions  # noqa: E402
+from vla_models.runtime_onnx import SETTINGS_KEY, DenoisingOnnx, Graph, ProviderOptions  # noqa: E402
 from vla_models.torch_policy import Inputs  # noqa: E402
 
 #: The exporter, half a minute on two idle cores, may meet a busy machine.
@@ -137,23 +136,9 @@ def test_a_context_of_several_parts_becomes_several_values(tmp_path):
         data, _ = build_graph(source, {}, "mark")
         assert compare(source, data, tmp_path) < 1e-5
         graphs[source.name] = Graph(data, tmp_path, ProviderOptions(), threads=1)
-    assert graphs["encoder"].outputs == ["context_0", "context_1"] and DIFFUSION_KEY in graphs["denoise"].metadata
-    exported = OnnxPolicy(Checkpoint(policy.spec, vla_models.identity_normalizers(policy.spec), {}), graphs)
+    assert graphs["encoder"].outputs == ["context_0", "context_1"] and SETTINGS_KEY in graphs["encoder"].metadata
+    exported = DenoisingOnnx(Checkpoint(policy.spec, vla_models.identity_normalizers(policy.spec), {}), graphs)
     _agree(policy, exported)
-
-
-@pytest.fixture(scope="module")
-def exported_diffusion(tmp_path_factory):
-    """(folder, graphs by name) of a tiny Diffusion Policy, of one level: the exporter is slow."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("diffusion")
-    spec, tiny = DiffusionPolicy.preset("tiny")
-    config = dataclasses.asdict(tiny) | {"channels": (16,)}
-    policy = vla_models.build("diffusion_policy", config, spec=spec)
-    write_checkpoint(Checkpoint(policy.spec, vla_models.identity_normalizers(policy.spec), config), folder)
-    weights = {name: value.numpy() for name, value in policy.network.state_dict().items()}
-    write_tensors(folder / "model.safetensors", weights)
-    return folder, {graph.name: graph for graph in export_checkpoint(folder)}
 
 
 def test_the_exported_diffusion_policy_gives_the_same_chunks(exported_diffusion):

@@ -1,5 +1,7 @@
 """Recorded bags become the very observations of the live node, with what was commanded as actions."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from vla_core import se3
@@ -98,6 +100,14 @@ def test_an_episode_equals_the_live_observations(bag):
         (arm,) = sample.arms
         state = ArmState(arm.position, se3.matrix_to_pose(arm.tool), arm.gripper)
         np.testing.assert_allclose(episode.state[tick], state_vector(spec_of(), {"arm": state}), atol=1e-9)
+
+
+@pytest.mark.parametrize("fit", ["pad", "pad_corner"])
+def test_pictures_come_to_their_size_as_in_use(bag, fit):
+    spec = dataclasses.replace(spec_of(), cameras={"scene": (32, 32), "wrist": (24, 32)}, fit=fit)
+    picture = read_episode(bag, ROBOT, KINEMATICS, spec).images["scene"][3]
+    np.testing.assert_array_equal(picture, resize_image(image_at(3, "scene"), (32, 32), fit))
+    assert not picture[:4].any()  # black above
 
 
 def test_pose_actions_are_the_goals_at_their_due_times(bag):

@@ -55,7 +55,7 @@ def close(name, found, expected, tolerance=1e-4):
 def test_text_and_video_are_encoded_as_the_reference_does(fixture, policy, batch):
     """Largest differences found: features 0, latents 5e-7."""
     with torch.no_grad():
-        features = policy.network.text(batch.inputs.tokens, 0)
+        features = policy.network.text(batch.inputs.tokens)
         video = torch.cat([torch.cat(batch.inputs.images, -1).unsqueeze(1), torch.cat(batch.future, -1)], 1)
         latents = policy.network.vae(video.transpose(1, 2))
     close("features", features, fixture.outputs["features"])

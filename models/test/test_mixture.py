@@ -19,9 +19,9 @@ from vla_models.parts.mixture import (  # noqa: E402
     Mixture,
     MixtureConfig,
     block_mask,
+    layer_rules,
     text_mask,
 )
-from vla_models.parts.paligemma import layer_rules  # noqa: E402
 from vla_models.published import fill  # noqa: E402
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,

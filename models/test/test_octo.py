@@ -14,6 +14,7 @@ from parity.fixture import Fixture  # noqa: E402
 from vla_models import build, load  # noqa: E402
 from vla_models.denoising_policy import denoise_of  # noqa: E402
 from vla_models.diffusion import sample_diffusion  # noqa: E402
+from vla_models.parts.stem import StandardConv  # noqa: E402
 from vla_models.parts.window import real_steps  # noqa: E402
 from vla_models.policy import CheckpointError, PolicyError, example_spec  # noqa: E402
 from vla_models.published import translate  # noqa: E402
@@ -23,7 +24,6 @@ from vla_models.recipes.octo import (  # noqa: E402
     TASK,
     OctoNetwork,
     OctoPolicy,
-    StandardConv,
     attention_pattern,
 )
 from vla_models.torch_policy import Batch, Inputs  # noqa: E402
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(fixture, tmp_path, change, me
 
 def test_settings_that_are_not_known_are_refused(fixture, tmp_path):
     model = fixture.config["model"] | {"repeat_task_tokens": False}
-    with pytest.raises(CheckpointError, match="expected {'repeat_task_tokens': True}, found"):
+    with pytest.raises(CheckpointError, match="repeat_task_tokens: expected True, found False"):
         load(write_checkpoint(fixture, tmp_path / "a", model=model))
     with pytest.raises(CheckpointError, match="found no 'heads'"):
         load(write_checkpoint(fixture, tmp_path / "b", model={}))

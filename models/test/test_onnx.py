@@ -9,10 +9,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import vla_models
-from vla_models import runtime_onnx
 from vla_models.checkpoint import write_tensors
 from vla_models.policy import ArmState, CheckpointError, InferenceRequest, PolicyError, PolicyObservation
-from vla_models.runtime_onnx import CPU, CUDA, TENSORRT, choose_providers, engine_cache, load_onnx
+from vla_models.runtime_onnx import CPU, CUDA, TENSORRT, choose_providers, load_onnx
 
 #: The exporter, half a minute on two idle cores, may meet a busy machine.
 pytestmark = pytest.mark.timeout(900)
@@ -189,24 +188,3 @@ def test_cuda_computes_in_float32(monkeypatch):
     chosen = choose_providers("cuda")
     assert chosen.providers == ((CUDA, {"use_tf32": "0"}), CPU)
     assert chosen.device == "cuda"
-
-
-def test_tensorrt_keeps_its_engines(monkeypatch, tmp_path):
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
-    name, options = choose_providers("tensorrt", tmp_path / "engines").providers[0]
-    assert name == TENSORRT
-    assert options["trt_engine_cache_path"] == str(tmp_path / "engines")
-    assert (tmp_path / "engines").is_dir()
-
-
-def test_engines_are_kept_apart_by_model_gpu_and_version(monkeypatch):
-    def folder(mark, gpu, version):
-        answer = subprocess.CompletedProcess([], 0, stdout=f"{gpu}, 570.1\n")
-        monkeypatch.setattr(runtime_onnx.subprocess, "run", lambda *args, **kwargs: answer)
-        monkeypatch.setattr(onnxruntime, "__version__", version)
-        return engine_cache(mark)
-
-    cases = [("a" * 64, "NVIDIA H200", "1.31"), ("b" * 64, "NVIDIA H200", "1.31"), ("a" * 64, "NVIDIA L4", "1.31"),
-             ("a" * 64, "NVIDIA H200", "1.32")]
-    assert len({folder(*case) for case in cases}) == 4
-    assert folder(*cases[0]).name == "a" * 16 + "-NVIDIA-H200-570.1-ort1.31"

@@ -205,7 +205,7 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_named(fixture, tmp_pat
         ({name: value for name, value in fixture.weights.items() if name != key}, "vlm.siglip.blocks.1.attn.qkv.bias"),
         ({**fixture.weights, "depth_head.weight": torch.zeros(2)}, "depth_head.weight"),
         ({**fixture.weights, key: torch.zeros(5)}, rf"{key}: expected shape \(72,\), found \(5,\)"),
-        ({"projector.fc1.weight": torch.zeros(2)}, "expected the tensors of OpenVLA"),
+        ({"projector.fc1.weight": torch.zeros(2)}, "expected settings and tensors of the recipe 'openvla'"),
     ):
         save_file(weights, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=said):

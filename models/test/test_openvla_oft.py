@@ -190,7 +190,7 @@ def test_other_files_are_refused(fixture, tmp_path, file, said):
 def test_a_state_of_another_length_is_named(fixture, tmp_path):
     statistics = json.loads(json.dumps(STATISTICS))
     statistics["libero_goal_no_noops"]["proprio"] = {"q01": [0.0] * 7, "q99": [1.0] * 7}
-    with pytest.raises(CheckpointError, match="proprio: expected 8 numbers .libero states., found 7"):
+    with pytest.raises(CheckpointError, match="proprio: expected 8 numbers, found 7"):
         vla_models.load(write(fixture, tmp_path, statistics))
 
 

@@ -101,7 +101,8 @@ def test_prefix_weights_reach_no_further_than_the_remainder(policy_of, observati
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"images": {}}, "camera 'scene'"), ({"state": {}}, "arm 'arm'"),
-     ({"images": {"scene": np.zeros((4, 4), np.uint8)}}, "image")],
+     ({"images": {"scene": np.zeros((4, 4), np.uint8)}}, r"image: expected \(H, W, 3\) uint8, found \(4, 4\)"),
+     ({"images": {"scene": np.zeros((4, 4, 3))}}, r"image: expected .* uint8, found \(4, 4, 3\) float64")],
 )  # fmt: skip
 def test_observations_that_lack_something_are_refused(policy_of, observation_of, change, message):
     observation: PolicyObservation = dataclasses.replace(observation_of(), **change)

@@ -13,9 +13,8 @@ from safetensors.torch import save_file  # noqa: E402
 from vla_models import build, load  # noqa: E402
 from vla_models.policy import CheckpointError, PolicyError, example_spec  # noqa: E402
 from vla_models.preprocess import resize_image  # noqa: E402
-from vla_models.published import fill, translate  # noqa: E402
-from vla_models.recipes import smolvla  # noqa: E402
-from vla_models.recipes.smolvla import BACKBONES, SmolVlaConfig, SmolVlaNetwork, SmolVlaPolicy  # noqa: E402
+from vla_models.published import fill, own_shapes, translate  # noqa: E402
+from vla_models.recipes.smolvla import BACKBONES, SmolVlaConfig, SmolVlaNetwork, SmolVlaPolicy, sizes_of  # noqa: E402
 from vla_models.sampling import sample_flow  # noqa: E402
 from vla_models.torch_policy import Inputs, velocity_of  # noqa: E402
 
@@ -31,9 +30,7 @@ def fixture() -> Fixture:
 
 @pytest.fixture(scope="module")
 def network(fixture) -> SmolVlaNetwork:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "tiny", HEADS)
-        config = smolvla._sizes(fixture, "tiny", 2)
+    config = SmolVlaConfig(**sizes_of(own_shapes(fixture, SmolVlaPolicy.published), **HEADS), self_every=2)
     contract = SmolVlaPolicy.contract | {"horizon": 8, "context": 12, "tokenizer": "bytes"}
     spec = example_spec("smolvla", {"arm": 7}, dict.fromkeys(CAMERAS, (32, 32)), **contract)
     network = SmolVlaNetwork(spec, config).eval()
@@ -192,7 +189,7 @@ def test_a_base_model_without_statistics_changes_no_numbers(fixture, tmp_path, k
     ("change", "message"),
     [
         (lambda w: w.pop("model.action_out_proj.bias"), "1 tensors missing, first 'action_out.bias'"),
-        (lambda w: w.pop("model.state_proj.weight"), "tensors missing, first 'model.state_proj.weight'"),
+        (lambda w: w.pop("model.state_proj.weight"), "found no 'state_in.weight'"),
         (lambda w: w.update({"model.extra.weight": torch.zeros(1)}), "'model.extra.weight': unknown"),
         (lambda w: w.update({"model.state_proj.bias": torch.zeros(5)}), "expected shape .32,., found .5,."),
         (lambda w: w["model.state_proj.bias"].fill_(torch.nan), "not finite"),
@@ -216,6 +213,19 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path, known_vlm, change, messa
 def test_settings_that_are_not_supported_are_named(fixture, tmp_path, known_vlm, changes, message):
     with pytest.raises(CheckpointError, match=message):
         load(write_checkpoint(fixture, tmp_path, **changes))
+
+
+def test_what_is_looked_at_is_images_and_one_state(fixture, tmp_path, known_vlm):
+    """Cameras that a policy was only filled up with are left out; any other feature would be missed."""
+    folder = write_checkpoint(fixture, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["input_features"]["observation.images.empty_camera_0"] = {"type": "VISUAL", "shape": [3, 480, 640]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert tuple(load(folder).spec.cameras) == tuple(CAMERAS)
+    config["input_features"]["observation.environment_state"] = {"type": "ENV", "shape": [4]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected images and .*observation.environment_state"):
+        load(folder)
 
 
 def test_sharded_half_precision_files_load(fixture, tmp_path, known_vlm):

@@ -5,13 +5,16 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 import vla_models  # noqa: E402
-from vla_models.data import Dataset, fit_normalizers, split, vocabulary  # noqa: E402
+from test_origin import recorded  # noqa: E402
+from vla_models.data import Dataset, WebData, fit_normalizers, split, vocabulary  # noqa: E402
 from vla_models.episodes import DataError  # noqa: E402
+from vla_models.origin import preset_origin  # noqa: E402
 from vla_models.policy import (  # noqa: E402
     ArmState,
     CheckpointError,
@@ -176,7 +179,61 @@ def test_resuming_without_a_training_is_refused(interrupted, tmp_path, capsys):
         main(["--resume", "--data", "bags", "--out", str(folder)])
     with pytest.raises(SystemExit):
         main(["--data", "bags", "--out", str(folder)])
-    assert "--recipe is needed unless --resume" in capsys.readouterr().err
+    assert "--recipe is needed unless --init or --resume" in capsys.readouterr().err
+
+
+def web_file(folder):
+    """Three pictures of one colour each, with a question and an answer."""
+    lines = []
+    for name, colour in (("red", (200, 0, 0)), ("green", (0, 200, 0)), ("blue", (0, 0, 200))):
+        cv2.imwrite(str(folder / f"{name}.png"), np.full((30, 40, 3), colour[::-1], np.uint8))
+        lines.append(json.dumps({"image": f"{name}.png", "question": "which colour?", "answer": name}))
+    (folder / "web.jsonl").write_text("\n".join(lines))
+    return folder / "web.jsonl"
+
+
+def test_pictures_with_text_are_trained_on_beside_the_robots_data(tmp_path):
+    """Co-fine-tuning (RT-2): each step has as many samples of either; it goes on exactly after an interruption."""
+    origin = preset_origin("rt2", "tiny")
+    values = {"robot": "panda", "batch": 3, "lr": 1e-2, "warmup": 1, "validation": 0.0, "interval": 5}
+    config = make_train_config("rt2", values | {"web": str(web_file(tmp_path))}, origin)
+    spec = make_spec(config, "rt2", "x", origin.spec)
+    whole = train("rt2", recorded(spec), spec, config, tmp_path / "whole", 30, quiet=True, origin=origin)
+    lines = [json.loads(line) for line in (tmp_path / "whole/training.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["train_loss"] == pytest.approx((line["train_robot"] + line["train_web"]) / 2, rel=1e-5)
+    assert lines[-1]["train_web"] < 0.6 * lines[0]["train_web"]
+    asked = []
+    train("rt2", recorded(spec), spec, config, tmp_path / "parts", 30, quiet=True, origin=origin,
+          stop=lambda: asked.append(1) or len(asked) > 20)  # fmt: skip
+    parts = train("rt2", recorded(spec), spec, config, tmp_path / "parts", 30, resume=True, quiet=True)
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, parts.network.state_dict()[name]), name
+
+
+def test_pictures_of_a_data_set_of_the_web(tmp_path):
+    path = web_file(tmp_path)
+    images, questions, answers = WebData(path).draw(16, 0, 3)
+    assert set(questions) == {"which colour?"} and len(images) == 16
+    for image, answer in zip(images, answers, strict=True):
+        assert image.shape == (30, 40, 3) and ("red", "green", "blue")[int(image[0, 0].argmax())] == answer
+    assert WebData(path).draw(16, 0, 3)[2] == answers != WebData(path).draw(16, 0, 4)[2]
+    (tmp_path / "red.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="red.png: expected a picture"):
+        WebData(path).draw(16, 0, 3)
+    (tmp_path / "red.png").unlink()
+    with pytest.raises(DataError, match=r"web.jsonl: 1 pictures are missing, first .*red.png"):
+        WebData(path)
+    for text in ("", "{", '{"image": "green.png"}', "[1]"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="web.jsonl: expected lines of JSON with image, question and answer, found"):
+            WebData(path)
+
+
+def test_a_recipe_without_text_takes_no_pictures_of_the_web(spec_of, episodes_of, tiny, tmp_path):
+    spec, config = spec_of("flow", vocabulary=()), config_of(tiny, "flow", web=str(web_file(tmp_path)))
+    with pytest.raises(PolicyError, match="web: the recipe 'flow' takes no pictures with questions and answers"):
+        train("flow", episodes_of(spec, 3, 4), spec, config, tmp_path / "out", 1, quiet=True)
 
 
 def test_batches_come_through_the_preprocessing_of_use(spec_of, episodes_of, tiny):

@@ -328,7 +328,7 @@ def test_a_head_that_is_the_embedding_is_kept_once(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.pop("model.norm.weight"), "1 tensors missing, first 'mixture.experts.0.norm.weight'"),
-        (lambda w: w.pop("model.embed_tokens.weight"), "missing, first 'model.embed_tokens.weight'"),
+        (lambda w: w.pop("model.embed_tokens.weight"), "found no 'model.embed_tokens.weight'"),
         (lambda w: w.update({"visual_extra.weight": torch.zeros(1)}), "'visual_extra.weight': unknown"),
         (lambda w: w.update({"model.layers.0.moe.experts.2.up_proj.weight": torch.zeros(1)}), "experts.2.* unknown"),
         (lambda w: w.update({"model.norm.weight": torch.zeros(5)}), "expected shape .32,., found .5,."),
@@ -357,7 +357,7 @@ def test_settings_that_are_not_supported_are_named(fixture, tmp_path, changes, m
 def test_a_plain_qwen_is_not_taken_for_wall_oss(fixture, tmp_path):
     write_makers(fixture, tmp_path)
     plain = {name: value for name, value in fixture.config.items() if name != "experts"}
-    with pytest.raises(CheckpointError, match="expected the settings of WALL-OSS, found no 'experts'"):
+    with pytest.raises(CheckpointError, match="recipe 'wall_oss', found no 'experts'"):
         load(fixture.write(tmp_path, plain))
 
 

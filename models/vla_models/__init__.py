@@ -67,17 +67,19 @@ def build(
     device: str = "cpu",
     spec: Any = None,
     normalizers: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Any:
     """A new policy with random weights (on the device "meta": without any).
 
     config: "tiny", "paper", or settings of the recipe's network on top of its defaults. spec: a PolicySpec; by default
     that of the preset (of "tiny" for settings), for a robot that has only numbers of joints. normalizers: {"state",
-    "action"}; by default they change nothing. Raises PolicyError for an unknown recipe, preset or setting.
+    "action"}; by default they change nothing. folder: where a tokenizer.json lies that the spec names. Raises
+    PolicyError for an unknown recipe, preset or setting.
     """
     kind = policy_class(name)
     example, network = kind.preset(config) if isinstance(config, str) else (None, config)
     spec = spec or example or kind.preset("tiny")[0]
-    return kind(spec, normalizers or identity_normalizers(spec), network, device)
+    return kind(spec, normalizers or identity_normalizers(spec), network, device, folder=folder)
 
 
 def identity_normalizers(spec: Any) -> dict[str, Any]:
@@ -98,18 +100,21 @@ def load(
     steps: int | None = None,
     providers: Sequence[Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    precision: str = "fp32",
 ) -> Any:
-    """The policy of a checkpoint folder, or of a published checkpoint (a folder, or its name on the Hugging Face hub).
+    """The policy of a checkpoint folder, or of a published checkpoint: a folder, or its name on the Hugging Face hub.
 
+    The file of the weights stands for its folder too: model.safetensors, or of a published checkpoint any other name.
     A checkpoint folder without weights may stand for a policy on another machine (vla_models.remote).
 
     runtime: "torch" or "onnx". provider: where it runs: "cpu", "cuda", and with onnx "tensorrt". threads: of one
     inference, 0: the runtime's choice. steps: integration steps, None: the checkpoint's own. providers: execution
     providers in ONNX Runtime's own words, instead of `provider`. settings: of a published checkpoint, on top of its
-    config.json, such as {"unnorm_key": name} for one that knows several data sets.
+    config.json, such as {"unnorm_key": name} for one that knows several data sets. precision: of the arithmetic, with
+    onnx "int8", "fp16" or "bf16" too, where the export made that variant (vla_models.precision).
     Raises CheckpointError (a ValueError) for a checkpoint that cannot be used.
     """
-    from vla_models.policy import PolicyError
+    from vla_models.policy import CheckpointError, PolicyError
 
     if runtime not in RUNTIMES:
         raise PolicyError(f"runtime: expected one of {RUNTIMES}, found {runtime!r}")
@@ -120,16 +125,21 @@ def load(
     if runtime == "onnx":
         from vla_models.runtime_onnx import load_onnx
 
-        return load_onnx(path, provider=provider, threads=threads, steps=steps, providers=providers)
+        if not (Path(path) / "policy.json").exists() and (Path(path) / "config.json").exists():
+            raise CheckpointError(
+                f"checkpoint {path}: is a published one, without graphs; make it one of ours and export that: "
+                f"python -m vla_models.convert {path} FOLDER; python -m vla_models.export FOLDER"
+            )
+        return load_onnx(path, provider, threads, steps, providers, precision)
+    if precision != "fp32":
+        raise PolicyError(f"precision: torch computes in 'fp32', found {precision!r}, which goes with runtime onnx")
+    from vla_models.published import find_checkpoint, load_published
     from vla_models.torch_policy import load_torch
 
-    folder = Path(path)
-    if not (folder / "policy.json").exists() and ((folder / "config.json").exists() or not folder.exists()):
-        from vla_models.published import find_checkpoint, load_published
-
-        folder = find_checkpoint(path)
-        if (folder / "config.json").exists() and not (folder / "policy.json").exists():
-            return load_published(folder, provider, steps, settings=settings)
+    found = find_checkpoint(path)
+    folder = found.parent if found.is_file() else found
+    if (folder / "config.json").exists() and not (folder / "policy.json").exists():
+        return load_published(found, provider, steps, settings=settings)
     return load_torch(folder, provider=provider, threads=threads, steps=steps)
 
 

@@ -6,12 +6,13 @@ import argparse
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from vla_models import RECIPES, list_policies, policy_class
-from vla_models.published import FORMATS
+from vla_models.export import head_class
+from vla_models.published import FORMATS, SIGNS, VARIANTS
 from vla_models.remote import REMOTE
-from vla_models.torch_policy import FlowPolicy, OnePassPolicy
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -37,26 +38,34 @@ def facts(name: str) -> dict[str, Any]:
         "history": spec.history,
         "text": "" if not spec.reads_instruction and spec.tokenizer == "words" else spec.prompt,
         "runtimes": ["torch", "onnx"] if exportable(kind) else ["torch"],
-        "published": sorted(said for said, recipe in FORMATS.items() if recipe == name),
+        "published": formats(name),
     }
+
+
+def formats(name: str) -> list[str]:
+    """The kinds of published checkpoints that a recipe reads: the type that config.json says, or the system's name."""
+    said = {said for said, recipe in FORMATS.items() if recipe == name}
+    said |= {said for said, others in VARIANTS.items() if name in dict(others).values()}
+    return sorted(said | ({name} & SIGNS.keys()))
 
 
 def head(kind: type) -> str:
     """How actions come about: the name of the base class that samples them."""
     bases = (base.__name__ for base in kind.__mro__ if base.__name__.endswith("Policy"))
-    names = {"OnePassPolicy": "one pass", "FlowPolicy": "flow", "DenoisingPolicy": "diffusion", "TokenPolicy": "tokens"}
+    names = {"OnePassPolicy": "one pass", "FlowPolicy": "flow", "DenoisingPolicy": "diffusion", "TokenPolicy": "tokens",
+             "KeyFramePolicy": "two flows"}  # fmt: skip
     return next((names[base] for base in bases if base in names), "own")
 
 
 def exportable(kind: type) -> bool:
     """Whether `vla_models.export` knows the graphs of a recipe."""
-    return issubclass(kind, (FlowPolicy, OnePassPolicy)) or head(kind) == "diffusion"
+    return head_class(kind) is not None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.json:
         print(json.dumps([facts(name) for name in list_policies()], indent=1))
         return 0

@@ -4,8 +4,11 @@ of (seed, step), so that a resumed training sees exactly what an uninterrupted o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import cv2
 import numpy as np
 
 from vla_models.episodes import DataError, Episode
@@ -108,6 +111,42 @@ class Dataset:
         rows = np.clip(np.arange(height) + dy, 0, height - 1)
         columns = np.clip(np.arange(width) + dx, 0, width - 1)
         return image[..., rows, :, :][..., columns, :]
+
+
+class WebData:
+    """Pictures with questions and answers, to train on beside a robot's data (co-fine-tuning).
+
+    path: lines of JSON, {"image": file, from the folder of `path`, "question": text, "answer": text}. Raises DataError.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path).expanduser()
+        try:
+            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+            self.samples = [(self.path.parent / s["image"], str(s["question"]), str(s["answer"])) for s in lines]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: expected lines of JSON with image, question and answer, found {error!r}"
+            ) from error
+        if not self.samples:
+            raise DataError(f"{path}: expected lines of JSON with image, question and answer, found none")
+        if missing := [str(image) for image, _, _ in self.samples if not image.is_file()]:
+            raise DataError(f"{path}: {len(missing)} pictures are missing, first {missing[0]}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, size: int, seed: int, step: int) -> tuple[list[np.ndarray], list[str], list[str]]:
+        """Pictures (H, W, 3) uint8 RGB, questions and answers, the same for the same (seed, step)."""
+        chosen = np.random.default_rng([seed, step, 23]).integers(len(self), size=size)
+        images, questions, answers = zip(*(self.samples[i] for i in chosen), strict=True)
+        return [self._picture(image) for image in images], list(questions), list(answers)
+
+    def _picture(self, path: Path) -> np.ndarray:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if image is None:
+            raise DataError(f"{path}: expected a picture that can be read")
+        return np.ascontiguousarray(image[..., ::-1])
 
 
 def split(episodes: Sequence[Episode], share: float, seed: int) -> tuple[list[Episode], list[Episode]]:

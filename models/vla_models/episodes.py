@@ -29,7 +29,7 @@ from vla_models.policy import ArmState, PolicySpec
 from vla_models.preprocess import anchor_vector, resize_image, state_vector
 
 #: Raised with every change of what an episode holds, so that old caches are not taken for new ones.
-VERSION = 2
+VERSION = 3
 #: An image further than this from the tick is missing, s.
 LARGEST_SKEW = 0.1
 
@@ -291,7 +291,7 @@ def _picture(message: Any, size: tuple[int, int], fit: str = "stretch") -> np.nd
         raise DataError(f"image: expected encoding rgb8 or bgr8, found {message.encoding!r}")
     rows = np.asarray(message.data, np.uint8).reshape(message.height, message.step)[:, : 3 * message.width]
     image = rows.reshape(message.height, message.width, 3)
-    return resize_image(image if message.encoding == "rgb8" else np.ascontiguousarray(image[..., ::-1]), size)
+    return resize_image(image if message.encoding == "rgb8" else np.ascontiguousarray(image[..., ::-1]), size, fit)
 
 
 def _instruction(found: Mapping[str, list[tuple[float, Any]]]) -> str:

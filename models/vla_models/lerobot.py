@@ -1,9 +1,10 @@
-"""What LeRobot's published checkpoints have in common: where the statistics of their data lie."""
+"""What LeRobot's published checkpoints have in common: what they say of the robot, and the statistics of its data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -46,17 +47,6 @@ class Statistics:
             tensors = TensorFiles(path)
             self.found |= {name.replace(".", "_"): tensors[name] for name in tensors.shapes}
 
-    def normalizers(self, modes: Mapping[str, str], state: int, dim: int, bare: bool = False) -> dict[str, Normalizer]:
-        """Of the state (`state` numbers) and the action (`dim`). modes: normalization_mapping of config.json.
-
-        bare: a base model, which has no statistics at all, is not normalised. Raises CheckpointError.
-        """
-        wanted = {} if bare and not self.found else modes
-        return {
-            "state": self.normalizer("observation.state", wanted.get("STATE", "IDENTITY"), state),
-            "action": self.normalizer("action", wanted.get("ACTION", "IDENTITY"), dim),
-        }
-
     def normalizer(self, feature: str, mode: str, dim: int) -> Normalizer:
         """Of `dim` numbers. mode: one of MODES. Raises CheckpointError."""
         if mode not in MODES:
@@ -84,3 +74,58 @@ class Statistics:
             return Normalizer(kind, (first + second) / 2, (second - first) / 2 + 5e-9)
         except NormalizationError as error:
             raise CheckpointError(f"{self.folder}: statistics of {feature}: {error}") from error
+
+
+class LeRobotConfig:
+    """What config.json says in the same words for every policy, with the statistics beside it.
+
+    cameras: camera -> (height, width) of its recorded images, pixels; "observation.images.top" is "top". Those that
+    LeRobot only fills up with ("observation.images.empty_camera_0") are left out. state, action: numbers of each.
+    arms: arm -> joints (see arms_of).
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], files: TensorFiles, bare: bool = False, alike: bool = True
+    ):
+        """bare: a base model without statistics is not normalised. alike: a state has the numbers of an action.
+
+        Raises CheckpointError, also for a policy that looks at anything but images and one state.
+        """
+        self.where, self.bare, self.statistics = folder / "config.json", bare, Statistics(folder, files)
+        try:
+            shapes = {name: tuple(map(int, value["shape"])) for name, value in config["input_features"].items()}
+            (self.state,) = shapes.pop("observation.state")
+            (self.action,) = config["output_features"]["action"]["shape"]
+            self.modes = dict(config["normalization_mapping"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.where}: expected input_features with observation.state, output_features with action, and "
+                f"normalization_mapping, as LeRobot writes them, found {error!r}"
+            ) from error
+        shapes = {name: shape for name, shape in shapes.items() if "empty_camera" not in name}
+        others = [name for name in shapes if not name.startswith("observation.image")]
+        if others or not shapes or (alike and self.state != self.action):
+            raise CheckpointError(
+                f"{self.where}: input_features: expected images and as many numbers in observation.state as in action "
+                f"({self.action}), found {sorted(shapes)} and {self.state}"
+            )
+        self._names = {name.removeprefix("observation.").removeprefix("images."): name for name in shapes}
+        self.cameras = {camera: shapes[name][1:] for camera, name in self._names.items()}
+        self.arms = arms_of(self.action)
+
+    def normalizers(self) -> dict[str, Normalizer]:
+        """Of the state and the action. Raises CheckpointError."""
+        modes = {} if self.bare and not self.statistics.found else self.modes
+        return {
+            "state": self.statistics.normalizer("observation.state", modes.get("STATE", "IDENTITY"), self.state),
+            "action": self.statistics.normalizer("action", modes.get("ACTION", "IDENTITY"), self.action),
+        }
+
+    def image_numbers(self) -> dict[str, tuple[float, ...]]:
+        """What images are normalised with: image_mean and image_std, three numbers a camera. Raises CheckpointError."""
+        mode = self.modes.get("VISUAL", "IDENTITY")
+        of = [self.statistics.normalizer(name, mode, 3) for name in self._names.values()]
+        return {
+            "image_mean": tuple(float(value) for one in of for value in one.offset),
+            "image_std": tuple(float(value) for one in of for value in one.scale),
+        }

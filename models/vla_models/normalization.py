@@ -60,8 +60,9 @@ class Normalizer:
         return ((values - self.offset) / self.scale).astype(np.float32)
 
     def denormalize(self, values: np.ndarray) -> np.ndarray:
-        """The inverse, float64."""
-        return np.asarray(values, np.float64) * self.scale + self.offset
+        """The inverse, float64. Statistics of each step of a chunk are cut to the steps that there are."""
+        offset, scale = (part if part.ndim == 1 else part[: np.shape(values)[-2]] for part in (self.offset, self.scale))
+        return np.asarray(values, np.float64) * scale + offset
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

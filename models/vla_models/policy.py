@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,8 @@ GUIDANCE = ("guided", "prefix")
 #: How an image of another shape becomes the network's: "stretch" it, "pad" it with black above and below or beside, or
 #: "pad_corner": with black above or to the left only (SmolVLA).
 FITS = ("stretch", "pad", "pad_corner")
+#: Images are stretched to a shape that differs by no more than this from their own: what the policy saw was like them.
+ASPECT_TOLERANCE = 0.05
 #: Contents of the state vector: "pose" is [position (3), 6D rotation (6), gripper] an arm, "joint" [q1..qn, gripper],
 #: "libero" (as in that benchmark's data) [position (3), axis times angle (3), gripper, -gripper].
 STATES = ("pose", "joint", "libero")
@@ -198,11 +200,21 @@ def example_spec(
 
 
 def make_config(kind: type, values: Mapping[str, Any]) -> Any:
-    """A configuration (dataclass) from plain values; lists become tuples. Raises PolicyError for unknown keys."""
-    names = {f.name for f in fields(kind)}
-    if unknown := set(values) - names:
-        raise PolicyError(f"{kind.__name__}: unknown settings {sorted(unknown)}; expected among {sorted(names)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """A configuration (dataclass) from plain values; lists become tuples, and mappings the configuration that is the
+    field's default. Raises PolicyError for unknown keys."""
+    known = {f.name: f for f in fields(kind)}
+    if unknown := set(values) - set(known):
+        raise PolicyError(f"{kind.__name__}: unknown settings {sorted(unknown)}; expected among {sorted(known)}")
+
+    def made(name: str, value: Any) -> Any:
+        default = known[name].default
+        if default is MISSING and known[name].default_factory is not MISSING:
+            default = known[name].default_factory()
+        if isinstance(value, Mapping) and is_dataclass(default):
+            return make_config(type(default), value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: made(name, value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -251,8 +263,9 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """targets (length, target_dim): absolute, base frame, vla_msgs/ActionTrajectory layout; the first is due at the
-    observation's time. timings: stage -> s. prefix_steps: leading targets that repeat the request's remainder."""
+    """targets (length or fewer, target_dim): absolute, base frame, vla_msgs/ActionTrajectory layout; the first is due
+    at the observation's time. timings: stage -> s. prefix_steps: leading targets that repeat the request's remainder.
+    """
 
     targets: np.ndarray
     timings: Mapping[str, float]

@@ -1,9 +1,9 @@
 """Checkpoints that others published, under their own names of tensors and settings (`vla_models.load`).
 
 A recipe states what it can read: `TorchPolicy.published` lists rules from published names to its own, and
-`TorchPolicy.read_published` makes specification, settings and normalisers of the files beside the weights. Every
-tensor is used or a rule says why not; none is dropped silently. Safetensors only, whole or sharded, any float type:
-nothing is unpickled.
+`TorchPolicy.read_published` makes specification, settings and normalisers of the files beside the weights; a setting or
+a tensor that it misses (KeyError, ...) becomes one CheckpointError here. Every tensor is used or a rule says why not;
+none is dropped silently. Safetensors only, whole or sharded, any float type: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -206,6 +206,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(values)
 
 
+def require(where: Path, settings: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises CheckpointError, naming the file `where`, for a setting that says otherwise than the recipe knows.
+
+    wanted: name -> the only known value, which is also taken where a setting is not there.
+    """
+    for name, value in wanted.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(f"{where}: {name}: expected {value!r}, found {settings[name]!r}")
+
+
+def own_shapes(files: TensorFiles, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape, of what `files` hold by `rules`. Raises CheckpointError for a tensor that none explains."""
+    try:
+        ours, _ = translate(files.shapes, rules)
+    except CheckpointError as error:
+        raise CheckpointError(f"{files.path}: {error}") from None
+    published, shapes = files.shapes, {}
+    for name, ((source, rule), *_) in ours.items():
+        shapes[name] = published[source]
+        with suppress(RuntimeError, IndexError):  # of more or fewer axes: judged when it is filled in
+            if rule.change:
+                shapes[name] = tuple(rule.change(torch.empty(published[source], device="meta")).shape)
+    return shapes
+
+
+def count_layers(names: Iterable[str], prefix: str) -> int:
+    """How many layers are numbered behind `prefix`: 1 + the largest number."""
+    return 1 + max(int(name[len(prefix) :].partition(".")[0]) for name in names if name.startswith(prefix))
+
+
 def find_checkpoint(path: str | Path, kept: Sequence[str] = KEPT) -> Path:
     """The folder of a checkpoint: a local one, or a hub name (owner/name), which is downloaded.
 
@@ -233,20 +263,59 @@ def recipe_of(folder: Path, config: Mapping[str, Any]) -> str:
     return next((recipe for file, recipe in VARIANTS.get(said, ()) if any(folder.glob(file))), FORMATS[said])
 
 
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint but for its weights. kind: class of its recipe; network: its settings."""
+
+    kind: Any
+    spec: Any
+    network: Any
+    normalizers: Mapping[str, Any]
+    files: TensorFiles
+    folder: Path
+
+    def fill(self, network: nn.Module, finite: bool = True) -> dict[str, str]:
+        """Fill `network` with the weights; see `fill`."""
+        return fill(network, self.files, self.kind.published, finite)
+
+
+def open_published(path: Path, settings: Mapping[str, Any] | None = None) -> Published:
+    """A published checkpoint: its folder, or the file of its weights, with the others beside it.
+
+    settings: on top of its config.json. Raises CheckpointError.
+    """
+    from vla_models import policy_class
+
+    folder = path.parent if path.is_file() else path
+    config = read_config(folder) | dict(settings or {})
+    kind = policy_class(recipe_of(folder, config))
+    files = TensorFiles(path)
+    spec, network, normalizers = _read(kind, folder, config, files)
+    return Published(kind, spec, network, normalizers, files, folder)
+
+
 def load_published(
-    folder: Path,
+    path: Path,
     device: str = "cpu",
     steps: int | None = None,
     finite: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The policy of a published checkpoint. settings: on top of its config.json. Raises CheckpointError."""
-    from vla_models import policy_class
-
-    config = read_config(folder) | dict(settings or {})
-    kind = policy_class(recipe_of(folder, config))
-    files = TensorFiles(folder)
-    spec, network, normalizers = kind.read_published(folder, config, files)
-    policy = kind(spec, normalizers, network, device, steps, folder)
-    policy.left_out = fill(policy.network, files, kind.published, finite)
+    """The policy of a published checkpoint; see `open_published`. Raises CheckpointError."""
+    found = open_published(path, settings)
+    policy = found.kind(found.spec, found.normalizers, found.network, device, steps, found.folder)
+    policy.left_out = found.fill(policy.network, finite)
     return policy
+
+
+def _read(kind: Any, folder: Path, config: Mapping[str, Any], files: TensorFiles) -> Any:
+    """What `kind.read_published` says; a setting or a tensor that it misses is told in one way for all recipes."""
+    try:
+        return kind.read_published(folder, config, files)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else repr(error)
+        raise CheckpointError(
+            f"{folder}: expected settings and tensors of the recipe {kind.name()!r}, found {found}"
+        ) from error

@@ -5,12 +5,11 @@
 
 `TokenNetwork` is the network of such a policy and `TokenPolicy` decodes it; a recipe says what the answer looks like
 (vla_models.tokenizers.WordAnswer, FastAnswer). `encode` and `step` are functions of tensors with fixed shapes, so each
-becomes one exported graph; which token is taken is decided outside of them (`decode_answer`), in NumPy.
+becomes one exported graph; which token is taken is decided outside of them (vla_models.answering), in NumPy.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_models.answering import AnsweringPolicy, Step
 from vla_models.parts.language_model import VisionLanguageModel
-from vla_models.policy import ChunkPrefix, ModelInputs, PolicyError, PolicySpec
-from vla_models.tokenizer import TokenizerError
-from vla_models.tokenizers import FastTokenizer, decode_answer
+from vla_models.policy import PolicySpec
+from vla_models.tokenizers import FastTokenizer
 from vla_models.torch_policy import Batch, Inputs, TorchPolicy
 
 
@@ -112,54 +111,31 @@ class TokenNetwork(nn.Module):
         return {"loss": self.text_loss(batch.inputs, *self.answers(batch))}
 
 
-class TokenPolicy(TorchPolicy):
-    """A policy that decodes its actions token by token; `Network` is a TokenNetwork.
-
-    PolicySpec.temperature 0 takes the likeliest token each time; above, tokens are drawn by the request's noise, one
-    number each. What does not decode to a chunk is a PolicyError.
-    """
-
-    #: Of the last answer.
-    tokens: Sequence[int] = ()
+class TokenPolicy(AnsweringPolicy, TorchPolicy):
+    """An AnsweringPolicy on torch; `Network` is a TokenNetwork."""
 
     @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return (1, self.network.answer.length, 1)
+    def answer(self) -> Any:
+        return self.network.answer
 
-    def run(
-        self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
-    ) -> np.ndarray:
-        answer = self.network.answer
-        self.tokens = self.generate(self.tensors(inputs), answer, noise.ravel(), timings)
-        try:
-            return answer.decode(self.tokens)[None].astype(np.float32)
-        except TokenizerError as error:
-            raise self._undecodable(error) from error
-
-    def generate(self, inputs: Inputs, answer: Any, noise: np.ndarray, timings: dict[str, float]) -> list[int]:
-        """The tokens of one answer. inputs: of a batch of one. Raises PolicyError when it does not come to its end."""
-        network, device, begin = self.network, self.device, time.perf_counter()
+    def prefill(self, inputs: Inputs) -> tuple[np.ndarray, Step]:
         with torch.no_grad():
-            keys, valid, logits = network.encode(inputs)
-            tail = network.blank(keys)
-            encoded = time.perf_counter()
+            keys, valid, logits = self.network.encode(inputs)
+            tail = self.network.blank(keys)
+        return logits[0].float().cpu().numpy(), steps_of(self.network.step, keys, valid, tail)
 
-            def step(token: int, index: int) -> np.ndarray:
-                nonlocal tail
-                number = torch.tensor([token, index], device=device)
-                logits, tail = network.step(keys, valid, tail, number[:1], number[1:])
-                return logits[0].float().cpu().numpy()
 
-            try:
-                tokens = decode_answer(answer, logits[0].float().cpu().numpy(), step, noise, self.spec.temperature)
-            except TokenizerError as error:
-                raise self._undecodable(error) from error
-        timings["encode"] = timings.get("encode", 0.0) + encoded - begin
-        timings["sample"] = timings.get("sample", 0.0) + time.perf_counter() - encoded
-        return tokens
+def steps_of(go_on: Callable[..., tuple[Tensor, Tensor]], keys: Tensor, valid: Tensor, tail: Tensor) -> Step:
+    """The steps of an answer: go_on(keys, valid, tail, token, index) -> logits, tail (see TokenNetwork.step)."""
 
-    def _undecodable(self, error: TokenizerError) -> PolicyError:
-        return PolicyError(f"policy {self.spec.name}: the network's answer is no chunk of actions: {error}")
+    def step(token: int, index: int) -> np.ndarray:
+        nonlocal tail
+        number = torch.tensor([token, index], device=keys.device)
+        with torch.no_grad():
+            logits, tail = go_on(keys, valid, tail, number[:1], number[1:])
+        return logits[0].float().cpu().numpy()
+
+    return step
 
 
 class FastPolicy(TokenPolicy):
@@ -181,15 +157,3 @@ def stack(rows: Sequence[np.ndarray], counted: Sequence[np.ndarray], device: Any
     for i, (row, count) in enumerate(zip(rows, counted, strict=True)):
         tokens[i, : len(row)], mask[i, : len(row)] = row, count
     return torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
-
-
-def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of `text` and nothing before or behind them. tokenizer: of a Processor, "bytes" or a file.
-
-    Raises PolicyError for a tokeniser that has no text of its own ("words").
-    """
-    if hasattr(tokenizer, "reader"):
-        return tokenizer.reader.encode(text, add_special_tokens=False).ids
-    if hasattr(tokenizer, "FIRST"):
-        return [tokenizer.FIRST + byte for byte in text.encode()]
-    raise PolicyError("tokenizer: expected 'bytes' or a tokenizer.json, found words of the instructions alone")

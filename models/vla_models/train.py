@@ -2,13 +2,17 @@
 
     python -m vla_models.train --recipe flow --data bags/pick --out models/checkpoints/panda_pick --minutes 50
     python -m vla_models.train --recipe act --data bags/transfer --out checkpoints/aloha robot=aloha batch=16
+    python -m vla_models.train --recipe pi0 --network tiny --data bags/pick --out models/checkpoints/small
+    python -m vla_models.train --init lerobot/pi0_base --data bags/pick --out models/checkpoints/pi0_pick
     python -m vla_models.train --resume --data bags/pick --out models/checkpoints/panda_pick --minutes 80
 
-Settings are given as key=value (values in YAML; nested ones as network.samples=4) or in a file by --config, on top of
-the recipe's own defaults; see TrainConfig. Writes into --out: policy.json and model.safetensors (moving average of
-the weights: what is used), train_state.safetensors (to resume), training.jsonl (one line an interval) and
-training.png. Ctrl-C saves and ends. --resume goes on from there: recipe, settings, network, seed and length of the
-training are the checkpoint's; the length may be given anew, and the settings in RESUMABLE.
+A training begins with random weights, of the sizes of a preset with --network, or with the weights of a checkpoint
+with --init: a folder, or a name on the Hugging Face hub (see vla_models.origin). Settings are given as key=value
+(values in YAML; nested ones as network.samples=4) or in a file by --config, on top of the recipe's own defaults and
+those of where it begins; see TrainConfig. Writes into --out: policy.json and model.safetensors (moving average of the
+weights: what is used), train_state.safetensors (to resume), training.jsonl (one line an interval) and training.png.
+Ctrl-C saves and ends. --resume goes on from there: recipe, settings, network, seed and length of the training are the
+checkpoint's; the length may be given anew, and the settings in RESUMABLE.
 """
 
 from __future__ import annotations
@@ -46,9 +50,10 @@ from vla_models.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
-from vla_models.data import Dataset, action_chunks, fit_normalizers, split, vocabulary
+from vla_models.data import Dataset, WebData, action_chunks, fit_normalizers, split, vocabulary
 from vla_models.episodes import Episode, load_episodes
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec
+from vla_models.origin import KEPT, Origin, find_origin, place_cameras, preset_origin
+from vla_models.policy import ASPECT_TOLERANCE, CheckpointError, PolicyError, PolicySpec
 from vla_models.preprocess import Processor
 from vla_models.torch_policy import Batch, Inputs, TorchPolicy
 
@@ -57,7 +62,7 @@ LOG_FILE = "training.jsonl"
 PLOT_FILE = "training.png"
 #: Settings that may change when a training is resumed: they decide how it goes on. All others decide what the policy
 #: is, or which episodes are held out, and stay.
-RESUMABLE = ("batch", "lr", "warmup", "decay", "clip", "average", "shift", "jitter", "interval")
+RESUMABLE = ("batch", "lr", "warmup", "decay", "clip", "average", "shift", "jitter", "interval", "web")
 #: Optimisation steps of a training that is told no length.
 STEPS = 20_000
 
@@ -67,12 +72,15 @@ class TrainConfig:
     """What to train and how. Recipes state their own defaults (`TorchPolicy.training`).
 
     name: of the policy; empty: the folder's. robot: its description. cameras: camera -> [height, width] in pixels;
-    empty: all of the robot's, 96 high. state, kind, reference, frame, rotation, gripper, horizon, period, steps,
-    guidance, prefix_limit, temperature: see PolicySpec and ActionSpace. batch: samples a step. lr: peak of the cosine
-    schedule; warmup: its first steps, rising from 0. decay: weight decay. clip: largest gradient norm. average: decay
-    of the moving average of the weights. shift: random shift of images, pixels. jitter: random change of brightness,
-    contrast and colour, as a part of 1. validation: part of the episodes held out. interval: steps between two log
-    lines with validation. network: the recipe's configuration.
+    empty: all of the robot's, 96 high. fit: how images of another shape come to that size (see PolicySpec); empty:
+    stretched where they have nearly that shape, otherwise padded. state, kind, reference, frame, rotation, gripper,
+    horizon, period, steps, guidance, prefix_limit, temperature: see PolicySpec and ActionSpace. batch: samples a
+    step. lr: peak of the cosine schedule; warmup: its first steps, rising from 0. decay: weight decay. clip:
+    largest gradient norm. average: decay of the moving average of the weights. shift: random shift of images,
+    pixels. jitter: random change of brightness, contrast and colour, as a part of 1. validation: part of the
+    episodes held out. interval: steps between two log lines with validation. web: pictures with questions and
+    answers to train on beside the robot's data (see vla_models.data.WebData), for recipes that take them. network:
+    the recipe's configuration.
     """
 
     name: str = ""
@@ -87,6 +95,7 @@ class TrainConfig:
     horizon: int = 32
     period: float = 0.05
     steps: int = 1
+    fit: str = ""
     guidance: Sequence[str] = ()
     prefix_limit: int = 0
     temperature: float = 1.0
@@ -100,23 +109,39 @@ class TrainConfig:
     jitter: float = 0.2
     validation: float = 0.05
     interval: int = 250
+    web: str = ""
     network: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
-    """The policy's specification (still without a vocabulary) for the robot that `config` names."""
-    robot = load_robot(config.robot)
-    kept = {k: v for k, v in policy_class(recipe).contract.items() if k not in TrainConfig.__dataclass_fields__}
+#: Settings that are fields of a specification too. (A shift there is one of flow times, here of pixels.)
+SPECIFIED = {f.name for f in dataclasses.fields(TrainConfig)} - {"shift"}
+
+
+def make_spec(config: TrainConfig, recipe: str, name: str, base: PolicySpec | None = None) -> PolicySpec:
+    """The policy's specification (still without a vocabulary) for the robot that `config` names.
+
+    base: that of the policy or preset from which the training goes on; what is no setting is taken from there.
+    """
+    robot, kind = load_robot(config.robot), policy_class(recipe)
+    contract = kind.contract if base is None else {field: getattr(base, field) for field in KEPT}
+    kept = {k: v for k, v in contract.items() if k not in SPECIFIED}
     arms = tuple(arm.name for arm in robot.arms)
-    cameras = config.cameras or {c.name: (96, round(96 * c.width / c.height)) for c in robot.cameras}
+    cameras = config.cameras
+    if not cameras:
+        sizes = {c.name: (96, round(96 * c.width / c.height)) for c in robot.cameras}
+        cameras = place_cameras(base, robot) if base else sizes
+    absent = [] if base is None else [c for c in base.optional if c not in {camera.name for camera in robot.cameras}]
     for camera in cameras:
-        robot.camera(camera)
+        if camera not in absent:
+            robot.camera(camera)
+    shapes = {c.name: c.width / c.height for c in robot.cameras}
+    stretched = all(abs(shapes[c] * h / w - 1) <= ASPECT_TOLERANCE for c, (h, w) in cameras.items() if c in shapes)
     if config.kind == "pose":
         space = ActionSpace(arms, "pose", (), config.reference, config.frame, config.rotation, tuple(config.gripper))
     else:
         counts = tuple(len(arm.joints) for arm in robot.arms)
         space = ActionSpace(arms, "joint", counts, config.reference, gripper=tuple(config.gripper))
-    return PolicySpec(
+    spec = PolicySpec(
         name=config.name or name,
         recipe=recipe,
         cameras=cameras,
@@ -128,11 +153,14 @@ def make_spec(config: TrainConfig, recipe: str, name: str) -> PolicySpec:
         joints={arm.name: arm.joints for arm in robot.arms},
         guidance=tuple(config.guidance),
         steps=config.steps,
-        prefix_limit=config.prefix_limit,
+        fit=config.fit or ("stretch" if stretched else "pad"),
+        prefix_limit=min(config.prefix_limit, config.horizon - 1),
         temperature=config.temperature,
         robot=config.robot,
+        optional=tuple(camera for camera in cameras if camera in absent),
         **kept,
     )
+    return spec if base is None or tuple(base.cameras) == tuple(cameras) else kind.for_cameras(spec)
 
 
 class Trainer:
@@ -142,6 +170,9 @@ class Trainer:
         self.policy, self.train, self.validation = policy, train, validation
         self.config, self.seed = config, seed
         self.network, self.device = policy.network, policy.device
+        self.web = WebData(Path(config.web)) if config.web else None
+        if self.web and not hasattr(policy, "web_batch"):
+            raise PolicyError(f"web: the recipe {policy.spec.recipe!r} takes no pictures with questions and answers")
         self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
         decayed = [p for p in self.network.parameters() if p.ndim > 1]
         plain = [p for p in self.network.parameters() if p.ndim <= 1]
@@ -163,7 +194,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(progress)
         self.network.train()
-        losses = self.network.loss(self.to_batch(arrays, generator), generator)
+        web = (self.policy.web_batch(*self.web.draw(self.config.batch, self.seed, self.step)),) if self.web else ()
+        losses = self.network.loss(self.to_batch(arrays, generator), generator, *web)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
@@ -276,29 +308,35 @@ def train(
     device: str = "cpu",
     stop: Any = lambda: False,
     quiet: bool = False,
+    origin: Origin | None = None,
 ) -> TorchPolicy:
     """Train on `episodes` and write the checkpoint into `out`; returns the policy with the averaged weights.
 
     steps: optimisation steps. minutes: end after so much time in all (and not by steps), with the schedule fitted to
-    it. stop: asked before each step; true saves and ends.
+    it. stop: asked before each step; true saves and ends. origin: what the training begins from.
     """
     from tqdm import tqdm
 
     training, held = split(episodes, config.validation, seed)
     kinds = policy_class(recipe).normalization
+    begun = origin is not None and origin.folder is not None
     if resume:
         saved = read_checkpoint(out)
         _check_resumed(saved, spec, recipe)
         spec, normalizers = saved.spec, saved.normalizers
     else:
-        if spec.tokenizer == "words":
+        if begun:
+            spec = origin.bring_text(spec, out)
+        elif spec.tokenizer == "words":
             spec = dataclasses.replace(spec, vocabulary=vocabulary(episodes))
         normalizers = fit_normalizers(training, spec, kinds)
     torch.manual_seed(seed)
     network = config.network
     if not resume:
         network = policy_class(recipe).fitted(network, lambda: action_chunks(training, Processor(spec, normalizers)))
-    policy = build(recipe, network, device, spec, normalizers)
+    policy = build(recipe, network, device, spec, normalizers, out)
+    if begun:
+        origin.fill(policy.network)
     train_set = Dataset(training, policy.processor, config.shift)
     trainer = Trainer(policy, train_set, Dataset(held, policy.processor) if held else None, config, seed)
     if resume:
@@ -314,6 +352,7 @@ def train(
         "budget": {"steps": steps, "minutes": minutes},
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.network.parameters()),
+        "init": saved.facts.get("init", "") if resume else origin.name if begun else "",
         "train": _plain(dataclasses.asdict(config)),
     }
     begin, before = time.monotonic(), trainer.elapsed
@@ -411,11 +450,19 @@ def plot(folder: Path) -> None:
     write_atomically(folder / PLOT_FILE, picture.getvalue())
 
 
-def make_train_config(recipe: str, values: Mapping[str, Any]) -> TrainConfig:
-    """The recipe's defaults with `values` on top. Raises PolicyError for unknown settings and for wrong types."""
+def make_train_config(recipe: str, values: Mapping[str, Any], origin: Origin | None = None) -> TrainConfig:
+    """The recipe's defaults, the origin's settings and `values`, each on top of what is before it.
+
+    Raises PolicyError for unknown settings and for wrong types.
+    """
     kind = policy_class(recipe)
-    contract = {k: v for k, v in kind.contract.items() if k in TrainConfig.__dataclass_fields__}
-    settings = _typed_fields(TrainConfig, {**contract, **kind.training, **values})
+    contract = {k: v for k, v in kind.contract.items() if k in SPECIFIED}
+    given = {**contract, **kind.training}
+    if origin is not None:
+        given |= origin.settings
+        typed("setting network", values.get("network", {}), Mapping)
+        values = {**values, "network": _merged(given["network"], values.get("network", {}))}
+    settings = _typed_fields(TrainConfig, given | values)
     network = _typed_fields(kind.Config, settings.get("network", {}), "network.")
     return TrainConfig(**(settings | {"network": network}))
 
@@ -491,7 +538,13 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vla_models.train", description="Train a policy from bags.")
-    parser.add_argument("--recipe", help="flow, act, or a recipe of another package; needed unless --resume")
+    parser.add_argument("--recipe", help="a system of ./vla models; needed unless --init or --resume")
+    parser.add_argument("--network", metavar="PRESET", help="begin with the sizes of a preset: tiny, paper, ...")
+    parser.add_argument(
+        "--init",
+        metavar="CHECKPOINT",
+        help="begin with the weights of a checkpoint: a folder, or a name on the Hugging Face hub",
+    )
     parser.add_argument("--data", required=True, type=Path, help="folder of rosbag2 folders, one an episode")
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder")
     parser.add_argument("--config", type=Path, help="settings, YAML or JSON")
@@ -511,8 +564,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, help="use the first so many bags only")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, see TrainConfig")
     given = parser.parse_intermixed_args(arguments)
-    if not (given.recipe or given.resume):
-        parser.error("--recipe is needed unless --resume")
+    if not (given.recipe or given.resume or given.init):
+        parser.error("--recipe is needed unless --init or --resume")
+    if (given.init is not None) + (given.network is not None) + given.resume > 1:
+        parser.error("of --init, --network and --resume only one can be given")
     stopped = False
 
     def interrupt(*_: Any) -> None:
@@ -524,19 +579,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         base = _yaml(str(given.config), given.config.read_text()) if given.config else {}
         values = parse_settings(given.settings, base)
-        recipe, seed, budget = given.recipe, given.seed or 0, {}
+        recipe, seed, budget, origin, base = given.recipe, given.seed or 0, {}, None, None
         if given.resume:
             saved = read_checkpoint(given.out)
+            base = saved.spec
             recipe, seed, budget = saved.spec.recipe, saved.facts.get("seed", 0), saved.facts.get("budget", {})
             for name, was in (("recipe", recipe), ("seed", seed)):
                 if getattr(given, name) not in (None, was):
                     raise _differs(saved, name, was, getattr(given, name))
             config = resumed_config(saved, values)
         else:
-            config = make_train_config(recipe, values)
+            if given.init:
+                origin = find_origin(given.init)
+                if recipe not in (None, origin.recipe):
+                    raise PolicyError(f"init {given.init}: expected recipe {recipe!r}, found {origin.recipe!r}")
+                recipe = origin.recipe
+            elif given.network:
+                origin = preset_origin(recipe, given.network)
+            base = origin.spec if origin else None
+            config = make_train_config(recipe, values, origin)
         if given.steps or given.minutes:
             budget = {"steps": given.steps, "minutes": given.minutes}
-        spec = make_spec(config, recipe, given.out.resolve().name)
+        spec = make_spec(config, recipe, given.out.resolve().name, base)
         if given.threads:
             torch.set_num_threads(given.threads)
         episodes = load_episodes(given.data, spec, given.cache, given.workers, given.episodes)
@@ -554,12 +618,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.resume,
             given.device,
             stop=lambda: stopped,
+            origin=origin,
         )
     except (ValueError, OSError) as error:
         sys.exit(f"train: {error}")
     except KeyboardInterrupt:
         sys.exit("train: interrupted")
     print(f"{given.out}: saved{' (interrupted)' if stopped else ''}")
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` on top of `base`, nested ones too; an empty mapping takes the place of what was there."""
+    out = dict(base)
+    for name, value in changes.items():
+        nested = isinstance(value, Mapping) and value and isinstance(out.get(name), Mapping)
+        out[name] = _merged(out[name], value) if nested else value
+    return out
 
 
 def _typed_fields(kind: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

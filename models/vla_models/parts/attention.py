@@ -43,6 +43,37 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, mask))
 
 
+class TransformerBlock(nn.Module):
+    """Attention and MLP with the norms before them and tanh-GELU, as in GPT-2. `mask`: see `attend`."""
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float = 1e-5, dropout: float = 0.0):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=eps) for _ in range(2))
+        self.attention = Attention(width, heads)
+        self.mlp = mlp(width, hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.norms[0](x)
+        x = x + self.dropout(self.attention(h, h, h, mask))
+        return x + self.dropout(self.mlp(self.norms[1](x)))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between `widths`, with tanh-GELU in between."""
+    parts = [nn.Linear(widths[0], widths[1])]
+    for before, after in zip(widths[1:], widths[2:], strict=False):
+        parts += [nn.GELU("tanh"), nn.Linear(before, after)]
+    return nn.Sequential(*parts)
+
+
+def waves(values: Tensor, width: int) -> Tensor:
+    """(...) -> (..., width): cosines, then sines, with periods from 2 pi to nearly 2 pi 10^4 (arXiv 1706.03762)."""
+    steps = torch.arange(width // 2, device=values.device, dtype=torch.float32) / (width // 2)
+    angles = values.float().unsqueeze(-1) * 10000.0**-steps
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 def sinusoids(positions: Tensor, width: int, longest: float) -> Tensor:
     """Sine and cosine features of `positions` (...) -> (..., width); wavelengths 1 to
     `longest`."""

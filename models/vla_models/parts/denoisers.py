@@ -1,4 +1,4 @@
-"""The two networks of Diffusion Policy that denoise actions (Chi et al., arXiv 2303.04137, section III.A)."""
+"""Networks that denoise actions: the two of Diffusion Policy (arXiv 2303.04137) and Octo's (arXiv 2405.12213)."""
 
 from __future__ import annotations
 
@@ -96,6 +96,35 @@ class TransformerDenoiser(nn.Module):
         for block in self.blocks:
             h = block(h, memory, self.later[None], self.unseen[None])
         return self.action_out(self.norm(h))
+
+
+class MlpDenoiser(nn.Module):
+    """What is said of all numbers of a chunk at once: time in learned Fourier features, then residual blocks.
+
+    condition: width of what it is said for. size: numbers in a chunk. width, blocks: of the residual blocks. time:
+    features of the time.
+    """
+
+    def __init__(self, condition: int, size: int, width: int, blocks: int, time: int):
+        super().__init__()
+        self.frequencies = nn.Parameter(0.2 * torch.randn(time // 2, 1))
+        self.time = nn.Sequential(nn.Linear(time, 2 * time), nn.SiLU(), nn.Linear(2 * time, time))
+        self.input = nn.Linear(time + condition + size, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.SiLU(),
+                          nn.Linear(4 * width, width))
+            for _ in range(blocks)
+        )  # fmt: skip
+        self.output = nn.Sequential(nn.SiLU(), nn.Linear(width, size))
+
+    def forward(self, context: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """context (B, condition), x (B, size), t (B,) -> (B, size)."""
+        turns = 2 * math.pi * t.to(x).unsqueeze(-1) @ self.frequencies.T
+        time = self.time(torch.cat([turns.cos(), turns.sin()], -1))
+        h = self.input(torch.cat([time, context, x], -1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.output(h)
 
 
 def _time_features(t: Tensor, width: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vla_models.parts.attention import Attention
@@ -45,3 +46,9 @@ class DecoderBlock(nn.Module):
 
 def _mlp(width: int, feedforward: int, dropout: float) -> nn.Module:
     return nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(), nn.Dropout(dropout), nn.Linear(feedforward, width))
+
+
+def sines(positions: Tensor, width: int) -> Tensor:
+    """(N,) -> (N, width): sine and cosine in turn, wavelengths 2 pi to 2 pi 10^4 (Vaswani et al., arXiv 1706.03762)."""
+    angles = positions[:, None] / 1e4 ** (torch.arange(0, width, 2) / width)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)

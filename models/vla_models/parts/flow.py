@@ -10,9 +10,49 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vla_models.parts.attention import sinusoids
+from vla_models.policy import PolicyError, PolicySpec
 from vla_models.torch_policy import Batch
+
+
+class FlowMatching:
+    """How a network of a FlowPolicy (see there for `encode` and `velocity`) learns.
+
+    The network has `config.prefix_share`, `prefix_limit`, and `width`, the numbers that an action has inside it.
+    """
+
+    def flow_loss(
+        self, context: Any, actions: Tensor, noise: Tensor, tau: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Flow-matching loss for given noise and flow times; see `matching_loss`."""
+        return matching_loss(self.velocity, context, actions, noise, tau, keep)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Flow-matching loss over the actions inside the episode that are not given as a prefix."""
+        draw = draw_flow(batch, self.width, generator, self.prefix_limit, self.config.prefix_share)
+        return {"loss": self.flow_loss(self.encode(batch.inputs), batch.actions, *draw)}
+
+    def timed(self, actions: Tensor, time: Tensor) -> Tensor:
+        """MLP([action, time]): tokens (B, H, n) of projected actions (B, H, n) and features of their flow times
+        (B, H or 1, n), with the linear layers `time_in` and `time_out`."""
+        both = torch.cat([actions, time.expand_as(actions)], -1)
+        return self.time_out(nn.functional.silu(self.time_in(both)))
+
+
+def time_features(tau: Tensor, width: int) -> Tensor:
+    """Flow times (...) -> (..., width): sines and cosines with periods of 4 ms to 4 s, as if pi0's 1 - tau were s."""
+    return sinusoids((1 - tau) / 4e-3, width, 1e3)
+
+
+def check_numbers(spec: PolicySpec, state: int, action: int) -> None:
+    """Raises PolicyError for a robot with more numbers of state or of action than the network has."""
+    if spec.state_dim > state or spec.action_dim > action:
+        raise PolicyError(
+            f"policy {spec.name}: expected at most {state} numbers of state and {action} of action, found "
+            f"{spec.state_dim} and {spec.action_dim}"
+        )
 
 
 class FlowDraw(NamedTuple):

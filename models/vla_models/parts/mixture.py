@@ -14,11 +14,13 @@ language model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from vla_models.published import Rule, count_layers
 
 #: Cosine and sine of a rotary embedding, (B, 1, T, head_dim) each.
 Turn = tuple[Tensor, Tensor]
@@ -225,9 +227,9 @@ class Mixture(nn.Module):
                 attended = attend_groups(layers[e].queries(normed[e][0], fresh[rope]), k, v, mask[..., : k.shape[2]])
             else:
                 parts = _split(turns[rope], lengths)
-                q = torch.cat([layers[e].queries(normed[e][0], t) for e, t in zip(xs, parts, strict=True)], 2)
-                k = torch.cat([layers[e].keys(normed[e][0], t) for e, t in zip(xs, parts, strict=True)], 2)
-                v = torch.cat([layers[e].values(normed[e][0]) for e in xs], 2)
+                q = _join([layers[e].queries(normed[e][0], t) for e, t in zip(xs, parts, strict=True)])
+                k = _join([layers[e].keys(normed[e][0], t) for e, t in zip(xs, parts, strict=True)])
+                v = _join([layers[e].values(normed[e][0]) for e in xs])
                 if keep is not None:
                     keep.append(torch.stack([k, v], 1))
                 if not hidden and i == config.layers - 1:
@@ -249,7 +251,8 @@ def attend_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     count, heads, length, size = q.shape
     kv = k.shape[1]
-    scores = (q.reshape(count, kv, -1, size) @ k.transpose(-1, -2)).float() / math.sqrt(size)
+    # The queries are scaled, not the scores, of which there are more.
+    scores = (q.reshape(count, kv, -1, size) / math.sqrt(size) @ k.transpose(-1, -2)).float()
     scores = scores.unflatten(2, (heads // kv, length)).masked_fill(~mask[:, None, None], -1e9)
     weights = torch.softmax(scores, -1).to(v).flatten(2, 3)
     return (weights @ v).reshape(count, heads, length, size).transpose(1, 2).flatten(2)
@@ -284,9 +287,41 @@ def text_mask(tokens: Tensor, padding: int) -> Tensor:
     return (tokens != padding).long().flip(1).cumsum(1).flip(1) > 0
 
 
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Along the tokens; one expert's alone are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
+
+
 def _residual(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     return x + h if gate is None else x + h * gate
 
 
 def _split(turn: Turn, lengths: Sequence[int]) -> list[Turn]:
     return list(zip(turn[0].split(lengths, 2), turn[1].split(lengths, 2), strict=True))
+
+
+def layer_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Rules for a stack of decoder layers as transformers names them; `theirs` is a regular expression."""
+    names = {
+        "self_attn.q_proj": "query", "self_attn.k_proj": "key", "self_attn.v_proj": "value", "self_attn.o_proj": "out",
+        "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
+        "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
+    }  # fmt: skip
+    layers = (Rule(rf"{theirs}\.layers\.(\d+)\.{published.replace('.', '[.]')}\.(.+)", rf"{ours}.layers.\1.{name}.\2")
+              for published, name in names.items())  # fmt: skip
+    return (*layers, Rule(rf"{theirs}\.norm\.(.+)", rf"{ours}.norm.\1"))
+
+
+def layer_sizes(shapes: Mapping[str, tuple[int, ...]], ours: str, heads: int) -> dict[str, int]:
+    """What the shapes under our names behind `ours` tell of a stack of decoder layers with so many heads: its width,
+    mlp, layers, heads, kv_heads and head_dim."""
+    layer = f"{ours}.layers.0"
+    inner, width = shapes[f"{layer}.query.weight"]
+    return {
+        "width": width,
+        "mlp": shapes[f"{layer}.mlp.gate.weight"][0],
+        "layers": count_layers(shapes, f"{ours}.layers."),
+        "heads": heads,
+        "kv_heads": shapes[f"{layer}.key.weight"][0] * heads // inner,
+        "head_dim": inner // heads,
+    }

@@ -6,14 +6,17 @@ Gemma 3 (arXiv 2503.19786) pools them first and normalises.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vla_models.parts.mixture import ExpertConfig, MixtureConfig, RmsNorm, text_mask
-from vla_models.policy import PolicyError, PolicySpec
+from vla_models.lerobot import LeRobotConfig
+from vla_models.parts.mixture import ExpertConfig, MixtureConfig, RmsNorm, layer_rules, layer_sizes, text_mask
+from vla_models.parts.siglip import see, siglip, siglip_sizes, square_side
+from vla_models.policy import PolicySpec, example_spec
 from vla_models.published import Rule
 from vla_models.torch_policy import Inputs
 
@@ -55,26 +58,9 @@ class Embedder(nn.Module):
 
     def __init__(self, spec: PolicySpec, config: PaliGemmaConfig):
         super().__init__()
-        sizes = set(spec.cameras.values())
-        if len(sizes) != 1 or any(h != w or h % (config.patch * max(config.pool, 1)) for h, w in sizes):
-            raise PolicyError(
-                f"policy {spec.name}: cameras: expected square images of one size, a multiple of "
-                f"{config.patch * max(config.pool, 1)} pixels, found {dict(spec.cameras)}"
-            )
+        side = square_side(spec, config.patch * max(config.pool, 1))
         self.config, self.padding = config, spec.padding
-        ((side, _),) = sizes
-        self.vision = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=config.vision_width,
-                intermediate_size=config.vision_mlp,
-                num_hidden_layers=config.vision_layers,
-                num_attention_heads=config.vision_heads,
-                patch_size=config.patch,
-                image_size=side,
-                vision_use_head=False,
-                attn_implementation="eager",
-            )
-        )
+        self.vision = siglip(config, side)
         self.projector = nn.Linear(config.vision_width, config.width, bias=not config.pool)
         self.projector_norm = RmsNorm(config.vision_width, "gemma") if config.pool else None
         self.embedding = nn.Embedding(config.vocabulary, config.width)
@@ -96,27 +82,13 @@ class Embedder(nn.Module):
 
     def prefix(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """All cameras' tokens, then the text's: (B, T, width), and (B, T) bool, false for what is not there."""
-        count, cameras = inputs.present.shape
-        pictures = self.images(torch.cat(inputs.images)).unflatten(0, (cameras, count)).transpose(0, 1)
-        present = inputs.present.unsqueeze(-1).expand(-1, -1, pictures.shape[2]).flatten(1)
-        tokens = torch.cat([pictures.flatten(1, 2), self.words(inputs.tokens)], 1)
+        pictures, present = see(self.images, inputs)
+        tokens = torch.cat([pictures, self.words(inputs.tokens)], 1)
         return tokens, torch.cat([present, text_mask(inputs.tokens, self.padding)], 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., width) -> (..., vocabulary): the language head, tied to the embedding."""
         return hidden @ self.embedding.weight.T
-
-
-def layer_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """Rules for a stack of Gemma's layers as transformers names it; `theirs` is a regular expression."""
-    names = {
-        "self_attn.q_proj": "query", "self_attn.k_proj": "key", "self_attn.v_proj": "value", "self_attn.o_proj": "out",
-        "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
-        "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
-    }  # fmt: skip
-    layers = (Rule(rf"{theirs}\.layers\.(\d+)\.{published.replace('.', '[.]')}\.(.+)", rf"{ours}.layers.\1.{name}.\2")
-              for published, name in names.items())  # fmt: skip
-    return (*layers, Rule(rf"{theirs}\.norm\.(.+)", rf"{ours}.norm.\1"))
 
 
 def paligemma_rules(theirs: str, embedder: str = "embedder", language: str = "mixture.experts.0") -> tuple[Rule, ...]:
@@ -131,28 +103,28 @@ def paligemma_rules(theirs: str, embedder: str = "embedder", language: str = "mi
     )
 
 
-def paligemma_sizes(shapes: dict[str, tuple[int, ...]], heads: int = 8, vision_heads: int = 16) -> dict[str, int]:
+def paligemma_sizes(shapes: Mapping[str, tuple[int, ...]], heads: int = 8, vision_heads: int = 16) -> dict[str, int]:
     """The fields of PaliGemmaConfig that the shapes of `embedder.*` and `mixture.experts.0.*` tensors tell.
 
     shapes: our names. The numbers of heads cannot be told from them.
     """
-    layer, vision = "mixture.experts.0.layers.0", "embedder.vision"
-    head_dim = shapes[f"{layer}.query.weight"][0] // heads
     return {
-        "vision_width": shapes[f"{vision}.post_layernorm.weight"][0],
-        "vision_mlp": shapes[f"{vision}.encoder.layers.0.mlp.fc1.weight"][0],
-        "vision_layers": _count(shapes, f"{vision}.encoder.layers."),
-        "vision_heads": vision_heads,
-        "patch": shapes[f"{vision}.embeddings.patch_embedding.weight"][-1],
-        "width": shapes[f"{layer}.query.weight"][1],
-        "mlp": shapes[f"{layer}.mlp.gate.weight"][0],
-        "layers": _count(shapes, "mixture.experts.0.layers."),
-        "heads": heads,
-        "kv_heads": shapes[f"{layer}.key.weight"][0] // head_dim,
-        "head_dim": head_dim,
+        **siglip_sizes(shapes, "embedder.vision", vision_heads),
+        **layer_sizes(shapes, "mixture.experts.0", heads),
         "vocabulary": shapes["embedder.embedding.weight"][0],
     }
 
 
-def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
-    return 1 + max(int(name[len(prefix) :].partition(".")[0]) for name in shapes if name.startswith(prefix))
+def lerobot_spec(kind: Any, robot: LeRobotConfig, config: Mapping[str, Any], **more: Any) -> PolicySpec:
+    """The specification of LeRobot's policies that read with PaliGemma, of which `more` are fields.
+
+    PaliGemma's tokenizer.json must lie beside the weights. All cameras but the first may be missing. The period is not
+    published; pi0's is 0.02 s.
+    """
+    height, width = config.get("image_resolution", (224, 224))
+    fields = {
+        "horizon": int(config["chunk_size"]), "context": int(config["tokenizer_max_length"]), "period": 0.02,
+        "tokenizer": "tokenizer.json", "optional": tuple(robot.cameras)[1:],
+    }  # fmt: skip
+    cameras = dict.fromkeys(robot.cameras, (int(height), int(width)))
+    return example_spec(kind.name(), robot.arms, cameras, **{**kind.contract, **fields, **more})

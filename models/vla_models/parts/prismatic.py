@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vla_models.parts.language_model import VisionLanguageModel
 from vla_models.parts.mixture import text_mask
 from vla_models.parts.vit import CentreCrop, VisionTransformer
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec
-from vla_models.published import Rule, TensorFiles
+from vla_models.policy import PolicyError, PolicySpec
+from vla_models.published import Rule, TensorFiles, count_layers
 from vla_models.torch_policy import Inputs
 
 #: Means and deviations of the images that the towers were trained on.
@@ -139,7 +139,7 @@ RULES = (
 
 
 def published_sizes(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> dict[str, Any]:
-    """The fields of PrismaticConfig that a published checkpoint tells. Raises CheckpointError.
+    """The fields of PrismaticConfig that a published checkpoint tells.
 
     Fine-tuned checkpoints, those with a dataset_statistics.json, were trained on random crops of 0.9 of the image and
     look at its middle (the published scripts' default), unless config.json says `center_crop` false. Nothing tells the
@@ -151,24 +151,21 @@ def published_sizes(folder: Path, config: Mapping[str, Any], files: TensorFiles)
     def tower(name: str, heads: int) -> tuple[int, int, int, int]:
         prefix = next(key for key in shapes if key.endswith(f"{name}.pos_embed"))[: -len("pos_embed")]
         first = f"{prefix}blocks.0." + ("block." if f"{prefix}blocks.0.block.norm1.weight" in shapes else "")
-        layers = {key[len(prefix) :].split(".")[1] for key in shapes if key.startswith(f"{prefix}blocks.")}
-        return (shapes[f"{prefix}pos_embed"][-1], len(layers), heads, shapes[f"{first}mlp.fc1.weight"][0])
+        layers = count_layers(shapes, f"{prefix}blocks.")
+        return shapes[f"{prefix}pos_embed"][-1], layers, heads, shapes[f"{first}mlp.fc1.weight"][0]
 
-    try:
-        text = dict(config.get("text_config") or {})
-        llama, layer = "language_model.model", "language_model.model.layers.0"
-        rows, width = shapes[f"{llama}.embed_tokens.weight"]
-        layers = 1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{llama}.layers."))
-        dino, siglip = config.get("vision_heads", (16, 16))
-        return {
-            "dino": tower(".featurizer", dino),
-            "siglip": tower(".fused_featurizer", siglip),
-            "language": (width, layers, text.get("num_attention_heads", 32), shapes[f"{layer}.mlp.up_proj.weight"][0]),
-            "vocabulary": rows,
-            "space": int(config.get("space_token", 29871)),
-            "text": rows - config.get("pad_to_multiple_of", 64),
-            "crop": 0.9 if config.get("center_crop", (Path(folder) / "dataset_statistics.json").is_file()) else 1.0,
-            "eps": text.get("rms_norm_eps", 1e-6),
-        }  # fmt: skip
-    except (StopIteration, KeyError, IndexError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: expected the tensors of OpenVLA, found no {error}") from error
+    text = dict(config.get("text_config") or {})
+    llama, layer = "language_model.model", "language_model.model.layers.0"
+    rows, width = shapes[f"{llama}.embed_tokens.weight"]
+    layers, heads = count_layers(shapes, f"{llama}.layers."), text.get("num_attention_heads", 32)
+    dino, siglip = config.get("vision_heads", (16, 16))
+    return {
+        "dino": tower(".featurizer", dino),
+        "siglip": tower(".fused_featurizer", siglip),
+        "language": (width, layers, heads, shapes[f"{layer}.mlp.up_proj.weight"][0]),
+        "vocabulary": rows,
+        "space": int(config.get("space_token", 29871)),
+        "text": rows - config.get("pad_to_multiple_of", 64),
+        "crop": 0.9 if config.get("center_crop", (Path(folder) / "dataset_statistics.json").is_file()) else 1.0,
+        "eps": text.get("rms_norm_eps", 1e-6),
+    }

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vla_models.parts.flow import pad_last
-from vla_models.parts.mixture import ExpertConfig, Mixture, MixtureConfig, block_mask, text_mask
+from vla_models.lerobot import STATISTICS
+from vla_models.parts.flow import check_numbers, pad_last
+from vla_models.parts.mixture import ExpertConfig, Mixture, MixtureConfig, block_mask, layer_rules, text_mask
 from vla_models.parts.qwen_vision import QwenVision, QwenVisionConfig
-from vla_models.policy import PolicyError, PolicySpec
+from vla_models.policy import CheckpointError, PolicySpec
+from vla_models.published import Rule, TensorFiles, require
+from vla_models.tokenizer import FileTokenizer, TokenizerError
 from vla_models.torch_policy import Inputs
 
 
@@ -34,7 +38,7 @@ class QwenVlConfig:
     embedding.
     """
 
-    vision: Mapping[str, Any] | QwenVisionConfig = field(default_factory=QwenVisionConfig)
+    vision: QwenVisionConfig = field(default_factory=QwenVisionConfig)
     width: int = 2048
     mlp: int = 11008
     action_mlp: int = 2048
@@ -49,11 +53,6 @@ class QwenVlConfig:
     image_token: int = 151655
     state_token: int = 151665
     tied: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.vision, Mapping):
-            values = {name: tuple(v) if isinstance(v, list) else v for name, v in self.vision.items()}
-            object.__setattr__(self, "vision", QwenVisionConfig(**values))
 
 
 class Prefix(NamedTuple):
@@ -74,11 +73,7 @@ class QwenVl(nn.Module):
 
     def __init__(self, spec: PolicySpec, config: QwenVlConfig, actions: bool):
         super().__init__()
-        if spec.state_dim > config.state_numbers or spec.action_dim > config.numbers:
-            raise PolicyError(
-                f"policy {spec.name}: expected at most {config.state_numbers} numbers of state and {config.numbers} of "
-                f"action, found {spec.state_dim} and {spec.action_dim}"
-            )
+        check_numbers(spec, config.state_numbers, config.numbers)
         self.config, self.padding = config, spec.padding
         width, sizes = config.width, list(spec.cameras.values())
         self.vision = QwenVision(sizes, config.vision, width)
@@ -163,3 +158,79 @@ def _begins(lengths: Tensor) -> tuple[Tensor, Tensor]:
 def _pick(values: Tensor, index: Tensor) -> Tensor:
     """values (B, n, width), index (B, T) -> (B, T, width)."""
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+#: Names in LeRobot's files begin with "model.", those of the makers do not.
+THEIRS = r"(?:model\.)?"
+RULES = (
+    Rule(THEIRS + r"action_preprocessor\.normalizer.*", None, "statistics of the makers' robots, not weights"),
+    Rule(THEIRS + r"visual\.(.+)", r"vision.tower.\1"),
+    Rule(THEIRS + r"model\.embed_tokens\.weight", "embedding.weight"),
+    Rule(THEIRS + r"lm_head\.weight", "head.weight", "the embedding again"),
+    *(
+        Rule(
+            THEIRS + rf"model\.layers\.(\d+)\.moe\.experts\.([01])\.{part}_proj\.weight",
+            rf"mixture.experts.\2.layers.\1.mlp.{part}.weight",
+            "the other branch's",
+        )
+        for part in ("gate", "up", "down")
+    ),
+    *layer_rules(THEIRS + "model", "mixture.experts.0"),
+    *(
+        Rule(THEIRS + rf"action_preprocessor\.{theirs}\.weight", f"{ours}.weight", "the other branch's")
+        for theirs, ours in {
+            "w1": "action_in", "w2": "time_in", "w3": "time_out", "action_proj_back": "action_out",
+            "propri_proj": "state_in",
+        }.items()
+    ),
+    STATISTICS,
+)  # fmt: skip
+#: Settings that the network has no choice of, with what is taken where config.json is silent.
+FIXED = {"num_experts": 2, "mlp_moe": True, "attention_moe": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+
+
+def published_sizes(base: Path, inner: Mapping[str, Any], files: TensorFiles) -> tuple[dict[str, Any], int]:
+    """Fields of QwenVlConfig, and the token after the end of a text, of WALL-OSS's makers' folder `base`.
+
+    They are those of its config.json (`inner`), its tokenizer.json and, where two files may differ, the shapes. Raises
+    CheckpointError.
+    """
+    require(base / "config.json", inner, FIXED)
+    vision, experts, shapes = inner["vision_config"], inner["experts"], files.shapes
+    root = "model." if any(name.startswith("model.visual.") for name in shapes) else ""
+    embedding, head = f"{root}model.embed_tokens.weight", f"{root}lm_head.weight"
+    state, padding = word_tokens(base / "tokenizer.json", "<|propri|>", "<|endoftext|>")
+    sizes = {
+        "vision": QwenVisionConfig(
+            vision["hidden_size"], vision["intermediate_size"], vision["depth"], vision["num_heads"],
+            vision["patch_size"], vision["spatial_merge_size"], vision["window_size"],
+            tuple(vision["fullatt_block_indexes"]),
+        ),
+        "width": inner["hidden_size"],
+        "mlp": experts[0]["intermediate_size"],
+        "action_mlp": experts[1]["intermediate_size"],
+        "layers": inner["num_hidden_layers"],
+        "heads": inner["num_attention_heads"],
+        "kv_heads": inner["num_key_value_heads"],
+        "head_dim": inner["hidden_size"] // inner["num_attention_heads"],
+        "sections": tuple(inner["rope_scaling"]["mrope_section"]),
+        "vocabulary": shapes[embedding][0],
+        "numbers": shapes[f"{root}action_preprocessor.action_proj_back.weight"][0],
+        "state_numbers": shapes[f"{root}action_preprocessor.propri_proj.weight"][1] // 2,
+        "image_token": inner["image_token_id"],
+        "state_token": state,
+        "tied": head not in shapes or torch.equal(files[head], files[embedding]),
+    }  # fmt: skip
+    return sizes, padding
+
+
+def word_tokens(path: Path, *words: str) -> list[int]:
+    """Tokens of words that a tokenizer.json has whole. Raises CheckpointError."""
+    try:
+        reader = FileTokenizer(path, 0, 0).reader
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
+    tokens = [reader.token_to_id(word) for word in words]
+    if None in tokens:
+        raise CheckpointError(f"{path}: expected a tokeniser with {', '.join(words)}, found one without")
+    return tokens

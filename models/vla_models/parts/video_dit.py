@@ -11,19 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import UMT5Config, UMT5EncoderModel
 
-from vla_models.parts.attention import split_heads
+from vla_models.parts.attention import mlp, split_heads, waves
 from vla_models.published import Rule
-
-#: Cosine and sine of a rotary embedding, (T, d/2) each.
-Turn = tuple[Tensor, Tensor]
 
 
 class HeadNorm(nn.Module):
@@ -66,11 +60,11 @@ class VideoBlock(nn.Module):
         self.attention = Projections(width, heads, size, eps)
         self.norm = nn.LayerNorm(width, eps)
         self.cross = Projections(width, heads, size, eps)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+        self.mlp = mlp(width, hidden, width)
         self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)
 
     def forward(
-        self, x: Tensor, change: Tensor, turn: Turn, text: Tensor, past: Tensor | None, allowed: Tensor | None
+        self, x: Tensor, change: Tensor, turn: Tensor, text: Tensor, past: Tensor | None, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, width) and their keys and values (B, 2, heads, T, d); see `Stream`."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.modulation + change).unbind(-2)
@@ -91,7 +85,7 @@ class Stream(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int, size: int, hidden: int, text: int):
         super().__init__()
-        self.text = nn.Sequential(nn.Linear(text, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.text = mlp(text, width, width)
         self.blocks = nn.ModuleList(VideoBlock(width, heads, size, hidden) for _ in range(layers))
 
     def read(self, features: Tensor) -> Tensor:
@@ -103,14 +97,14 @@ class Stream(nn.Module):
         self,
         x: Tensor,
         change: Tensor,
-        turn: Turn,
+        turn: Tensor,
         text: Tensor,
         past: Tensor | None = None,
         allowed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens x (B, T, width) through the blocks, and their keys and values (B, layers, 2, heads, T, d).
 
-        change (B, T or 1, 6, width): modulation by the flow time. turn: rotary embedding of the places. text: of
+        change (B, T or 1, 6, width): modulation by the flow time. turn (2, T, d/2): of `parts.places.rotary`. text: of
         `read`. past: keys and values that came before, as returned here for other tokens (of a stream with the same
         heads). allowed (T, T) bool: which token sees which; None: each sees all, and all of the past.
         """
@@ -140,10 +134,7 @@ class Condition(nn.Module):
 
     def forward(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """(..., width) for the head and (..., 6, width) for the blocks. share (...): of noise, 1 - tau."""
-        half = self.frequencies // 2
-        steps = torch.arange(half, device=share.device, dtype=torch.float32) / half
-        angles = 1000.0 * share.unsqueeze(-1) * 10000.0**-steps
-        embedded = self.embed(torch.cat([angles.cos(), angles.sin()], -1))
+        embedded = self.embed(waves(1000.0 * share, self.frequencies))
         return embedded, self.change(embedded).unflatten(-1, (6, -1))
 
 
@@ -161,70 +152,21 @@ class FinalNorm(nn.Module):
         return functional.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """Sizes of the text encoder; the defaults are UMT5-XXL's. size: numbers in a head. hidden: width of its MLP."""
-
-    vocabulary: int = 256384
-    width: int = 4096
-    layers: int = 24
-    heads: int = 64
-    size: int = 64
-    hidden: int = 10240
-
-
-class TextEncoder(nn.Module):
-    """UMT5's encoder (transformers). Frozen; what follows a text's end comes out as zeros, and is not masked (Wan)."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        values = UMT5Config(
-            vocab_size=config.vocabulary, d_model=config.width, d_kv=config.size, d_ff=config.hidden,
-            num_layers=config.layers, num_heads=config.heads, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-            attn_implementation="eager",
-        )  # fmt: skip
-        self.stack = UMT5EncoderModel(values).encoder
-        self.requires_grad_(False)
-
-    def forward(self, tokens: Tensor, padding: int) -> Tensor:
-        """Features (B, L, width) of tokens (B, L)."""
-        inside = _inside(tokens, padding)
-        # Given whole: transformers would look at the values of a smaller one, and could not be traced.
-        mask = -1e9 * (~inside).float()[:, None, None].expand(-1, 1, tokens.shape[1], -1)
-        features = self.stack(input_ids=tokens, attention_mask=mask).last_hidden_state
-        return features * inside.unsqueeze(-1)
-
-
 def patches(latents: Tensor) -> Tensor:
     """Latents (B, C, F, h, w) as tokens (B, F, h/2 * w/2, 4*C)."""
     x = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
     return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
 
 
-def grid(frames: int, rows: int, columns: int, first: int = 0) -> Tensor:
-    """Places (T, 3) of a video's tokens: frame, row, column; the first frame is number `first`."""
-    axes = (torch.arange(first, first + frames), torch.arange(rows), torch.arange(columns))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2).double()
+def as_patches(values: Tensor) -> Tensor:
+    """What Wan's head says of tokens (..., 4*C), in the order of `patches`: it reads a patch channel by channel, and
+    writes it place by place."""
+    return values.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
 
 
-def turns(places: Tensor, size: int, device: torch.device | None = None, base: float = 10000.0) -> Turn:
-    """Rotary embedding of places (T, n) for heads of `size`: the n axes share a head's pairs, the first takes the rest.
-
-    Computed in float64 on the CPU: places are constants.
-    """
-    count = places.shape[1]
-    pairs = [size // 2 - (count - 1) * (size // 2 // count), *[size // 2 // count] * (count - 1)]
-    angles = [
-        places[:, n : n + 1] * base ** -(torch.arange(own, dtype=torch.float64, device=places.device) / own)
-        for n, own in enumerate(pairs)
-    ]
-    angle = torch.cat(angles, -1)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-def rotate(x: Tensor, turn: Turn) -> Tensor:
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Neighbouring numbers of x (B, heads, T, d), as pairs, turned by the angles of their token."""
-    cos, sin = turn
+    cos, sin = turn.unbind(0)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
@@ -246,27 +188,8 @@ def shifted(share: Tensor, shift: float) -> Tensor:
     return shift * share / (1 + (shift - 1) * share)
 
 
-def _inside(tokens: Tensor, padding: int) -> Tensor:
-    """(B, L) bool, true up to the last token that is no padding."""
-    return (tokens != padding).flip(1).cumsum(1).flip(1) > 0
-
-
-def text_config(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `TextConfig` from UMT5's config.json."""
-    names = {"vocabulary": "vocab_size", "width": "d_model", "layers": "num_layers", "heads": "num_heads"}
-    names |= {"size": "d_kv", "hidden": "d_ff"}
-    return {ours: published[theirs] for ours, theirs in names.items()}
-
-
 def block_rules(published: str, ours: str, group: int, names: Mapping[str, str]) -> Iterator[Rule]:
     r"""Rules for the blocks of a stream. published: pattern of a block's prefix, with `group` groups; ours: its
     translation, of the stream's prefix (\1 for groups). names: published names of a block's parts -> ours."""
     for theirs, own in names.items():
         yield Rule(rf"{published}\.{theirs}(\.weight|\.bias|)", rf"{ours}.{own}\{group + 1}")
-
-
-#: Published tensors of the text encoder, with "text_encoder." before them.
-TEXT_RULES = (
-    Rule(r"text_encoder\.shared\.weight", "text.stack.embed_tokens.weight"),
-    Rule(r"text_encoder\.encoder\.(.+)", r"text.stack.\1"),
-)

@@ -8,17 +8,12 @@ encoded in pieces: `Memory` holds what the causal convolutions saw last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from vla_models.policy import CheckpointError
-from vla_models.published import Rule, TensorFiles, find_checkpoint, read_config
 
 #: Frames that one latent after the first stands for; pixels in a row or column that one latent stands for.
 FRAMES, PIXELS = 4, 16
@@ -234,47 +229,6 @@ class VideoEncoder(nn.Module):
         """Latents (B, latent, 1 + T/4, h/16, w/16) of a whole video (B, 3, 1 + T, h, w) in [0, 1]."""
         first, past = self.piece(frames[:, :, :1])
         return first if frames.shape[2] == 1 else torch.cat([first, self.piece(frames[:, :, 1:], past)[0]], 2)
-
-
-#: Published tensors of the autoencoder, with "vae." before them.
-VAE_RULES = (
-    Rule(r"vae\.((encoder|quant_conv)\..+)", r"vae.\1"),
-    Rule(r"vae\.(decoder|post_quant_conv)\..+", None, "the autoencoder's decoder: no picture is painted in use"),
-)
-
-
-def open_wan(folder: Path, files: TensorFiles, source: str) -> tuple[dict[str, Any], str]:
-    """Let `files` also hold the frozen autoencoder and text encoder, as "vae." and "text_encoder.".
-
-    They lie in the folders vae, text_encoder and tokenizer beside the weights, or in `source` (a local folder, or a
-    name on the Hugging Face hub, of which only these are downloaded). Returns the config.json of the two, by name, and
-    where the tokenizer.json is. Raises CheckpointError.
-    """
-    kept = ("vae/*", "text_encoder/*", "tokenizer/*")
-    place = folder if (folder / "vae").is_dir() else find_checkpoint(source, kept)
-    configs = {}
-    for name in ("vae", "text_encoder"):
-        if not (place / name / "config.json").is_file():
-            raise CheckpointError(
-                f"{place / name}: expected the frozen {name} of {source} (config.json and safetensors), found none"
-            )
-        files.join(f"{name}.", place / name)
-        configs[name] = read_config(place / name)
-    return configs, str((Path() if place == folder else place.resolve()) / "tokenizer" / "tokenizer.json")
-
-
-def vae_config(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `VaeConfig` from AutoencoderKLWan's config.json. Raises CheckpointError for one of another kind."""
-    if not published.get("is_residual") or published.get("patch_size") != 2:
-        raise CheckpointError("vae/config.json: expected Wan2.2's autoencoder (is_residual, patch_size 2)")
-    return {
-        "channels": published["base_dim"],
-        "growth": tuple(published["dim_mult"]),
-        "blocks": published["num_res_blocks"],
-        "latent": published["z_dim"],
-        "mean": tuple(published["latents_mean"]),
-        "deviation": tuple(published["latents_std"]),
-    }
 
 
 def _frames(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ the encoder (not in the paper).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,22 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics, arms_of
+from vla_models.lerobot import STATISTICS, LeRobotConfig
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
-from vla_models.parts.cvae import divergence, draw_latent, mean_l1
-from vla_models.parts.detr import DecoderBlock, EncoderBlock
+from vla_models.parts.cvae import divergence, draw_latent, mean_l1, read_latent
+from vla_models.parts.detr import DecoderBlock, EncoderBlock, sines
 from vla_models.parts.resnet import ResNet18
 from vla_models.parts.vision import LanguageEncoder, SmallResNet
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles
+from vla_models.policy import PolicyError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles, require
 from vla_models.torch_policy import Batch, Inputs, OnePassPolicy, Preset
 
 BACKBONES = ("small", "resnet18")
 #: ALOHA's, s.
 PERIOD = 0.02
-#: Prefix of a camera in LeRobot's names of features.
-IMAGES = "observation.images."
 #: Settings of LeRobot's ACT that could say otherwise and change the network.
 LEROBOT = {
     "vision_backbone": "resnet18", "pre_norm": False, "use_vae": True, "feedforward_activation": "relu",
@@ -103,7 +100,7 @@ class ActNetwork(nn.Module):
         self.posterior_out = nn.Linear(width, 2 * config.latent)
         published = config.backbone == "resnet18"
         steps = torch.arange(spec.horizon + 2, dtype=torch.float32)
-        places = _detr_sines(steps, width) if published else sinusoids(steps, width, 1e4)
+        places = sines(steps, width) if published else sinusoids(steps, width, 1e4)
         self.register_buffer("posterior_places", places, persistent=False)
         # The policy.
         if published:
@@ -129,15 +126,9 @@ class ActNetwork(nn.Module):
 
     def posterior_of(self, state: Tensor, actions: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of z, (B, latent) each, from what was done."""
-        count = len(state)
-        tokens = torch.cat(
-            [self.cls.expand(count, 1, -1), self.posterior_state(state).unsqueeze(1), self.posterior_action(actions)], 1
-        )
-        mask = torch.cat([padded.new_zeros(count, 2), padded], 1)
-        for block in self.posterior:
-            tokens = block(tokens, self.posterior_places, mask)
-        mean, log_variance = self.posterior_out(tokens[:, 0]).chunk(2, -1)
-        return mean, log_variance
+        seen = torch.cat([self.cls.expand(len(state), 1, -1), self.posterior_state(state).unsqueeze(1)], 1)
+        done = self.posterior_action(actions)
+        return read_latent(self.posterior, self.posterior_out, seen, done, padded, self.posterior_places)
 
     def features(self, images: tuple[Tensor, ...]) -> list[Tensor]:
         """A feature map (B, channels, rows, columns) of each camera."""
@@ -235,68 +226,33 @@ class ActPolicy(OnePassPolicy):
     parameters = 51.6e6
     published = tuple(_rules())
     training = {
-        "robot": "aloha",
-        "cameras": {"top": (120, 160)},
-        "state": "joint",
-        "kind": "joint",
-        "reference": "absolute",
-        "horizon": 100,
-        "period": 0.02,
-        "batch": 16,
-        "lr": 2e-4,
-        "decay": 1e-4,
-        "clip": 10.0,
-        "jitter": 0.1,
-    }
+        "robot": "aloha", "cameras": {"top": (120, 160)}, "state": "joint", "kind": "joint", "reference": "absolute",
+        "horizon": 100, "period": PERIOD, "batch": 16, "lr": 2e-4, "decay": 1e-4, "clip": 10.0, "jitter": 0.1,
+    }  # fmt: skip
 
     @classmethod
     def read_published(
         cls, folder: Path, config: Mapping[str, Any], files: TensorFiles
     ) -> tuple[PolicySpec, ActConfig, dict[str, Normalizer]]:
-        """LeRobot's ACT (lerobot/act_aloha_sim_transfer_cube_human), with its statistics in either of its two places.
-
-        14 numbers are ALOHA's two arms of six joints and a gripper, N others one arm of N - 1 joints and a gripper.
-        """
-        where = folder / "config.json"
-        for name, needed in LEROBOT.items():
-            if config.get(name, needed) != needed:
-                raise CheckpointError(f"{where}: {name}: expected {needed!r}, found {config[name]!r}")
-        try:
-            shapes = {name: tuple(v["shape"]) for name, v in config["input_features"].items()}
-            state, dim = shapes.pop("observation.state")[0], config["output_features"]["action"]["shape"][0]
-            network = ActConfig(
-                width=config["dim_model"],
-                heads=config["n_heads"],
-                feedforward=config["dim_feedforward"],
-                encoder_layers=config["n_encoder_layers"],
-                decoder_layers=config["n_decoder_layers"],
-                posterior_layers=config["n_vae_encoder_layers"],
-                latent=config["latent_dim"],
-                kl_weight=config["kl_weight"],
-                dropout=config["dropout"],
-                backbone="resnet18",
-                resnet_width=files.shapes["model.backbone.conv1.weight"][0],
-            )
-            horizon, modes = int(config["chunk_size"]), dict(config["normalization_mapping"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{where}: expected the settings of LeRobot's ACT, found {error!r}") from error
-        cameras = {name.removeprefix(IMAGES): shape[1:] for name, shape in shapes.items() if name.startswith(IMAGES)}
-        if len(cameras) < len(shapes) or not cameras or state != dim:
-            raise CheckpointError(
-                f"{where}: input_features: expected images and as many numbers in observation.state as in action "
-                f"({dim}), found {sorted(shapes)} and {state}"
-            )
-        statistics = Statistics(folder, files)
-        normalizers = statistics.normalizers(modes, dim, dim)
-        images = [statistics.normalizer(IMAGES + name, modes.get("VISUAL", "IDENTITY"), 3) for name in cameras]
-        network = dataclasses.replace(
-            network,
-            image_mean=tuple(float(value) for image in images for value in image.offset),
-            image_std=tuple(float(value) for image in images for value in image.scale),
+        """LeRobot's ACT (lerobot/act_aloha_sim_transfer_cube_human)."""
+        require(folder / "config.json", config, LEROBOT)
+        robot = LeRobotConfig(folder, config, files)
+        network = ActConfig(
+            width=config["dim_model"],
+            heads=config["n_heads"],
+            feedforward=config["dim_feedforward"],
+            encoder_layers=config["n_encoder_layers"],
+            decoder_layers=config["n_decoder_layers"],
+            posterior_layers=config["n_vae_encoder_layers"],
+            latent=config["latent_dim"],
+            kl_weight=config["kl_weight"],
+            dropout=config["dropout"],
+            backbone="resnet18",
+            resnet_width=files.shapes["model.backbone.conv1.weight"][0],
+            **robot.image_numbers(),
         )
-        arms = arms_of(dim)
-        spec = example_spec(cls.name(), arms, cameras, horizon=horizon, period=PERIOD)
-        return spec, network, normalizers
+        spec = example_spec(cls.name(), robot.arms, robot.cameras, horizon=int(config["chunk_size"]), period=PERIOD)
+        return spec, network, robot.normalizers()
 
 
 def _image_places(height: int, width: int, stride: int, features: int, detr: bool) -> Tensor:
@@ -304,13 +260,7 @@ def _image_places(height: int, width: int, stride: int, features: int, detr: boo
     rows, columns = math.ceil(height / stride), math.ceil(width / stride)
     y, x = (torch.arange(1, count + 1, dtype=torch.float32) / count for count in (rows, columns))
     if detr:
-        y, x = (_detr_sines(2 * math.pi * values, features // 2) for values in (y, x))
+        y, x = (sines(2 * math.pi * values, features // 2) for values in (y, x))
     else:
         y, x = (sinusoids(100.0 * y, features // 2, 1e4), sinusoids(100.0 * x, features - features // 2, 1e4))
     return torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], -1).flatten(0, 1)
-
-
-def _detr_sines(positions: Tensor, width: int) -> Tensor:
-    """(N,) -> (N, width): sine and cosine in turn, wavelengths 2 pi to 2 pi 10^4 (Vaswani et al., arXiv 1706.03762)."""
-    angles = positions[:, None] / 1e4 ** (torch.arange(0, width, 2) / width)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)

@@ -18,29 +18,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vla_core.actions import ActionSpace
 
-from vla_models.lerobot import Statistics
+from vla_models.lerobot import LeRobotConfig
 from vla_models.normalization import Normalizer
+from vla_models.parts.places import grid, rotary
+from vla_models.parts.text_encoder import UMT5_XXL, T5Size, TextEncoder
 from vla_models.parts.video_dit import (
-    TEXT_RULES,
     Condition,
     FinalNorm,
     Stream,
-    TextConfig,
-    TextEncoder,
+    as_patches,
     block_rules,
-    grid,
     patches,
     shifted,
-    text_config,
     training_weight,
-    turns,
 )
-from vla_models.parts.video_vae import FRAMES, PIXELS, VAE_RULES, VaeConfig, VideoEncoder, open_wan, vae_config
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec, make_config
+from vla_models.parts.video_vae import FRAMES, PIXELS, VaeConfig, VideoEncoder
+from vla_models.parts.wan import WAN_RULES, open_wan
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
 from vla_models.published import Rule, TensorFiles
 from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset
 
@@ -71,12 +70,7 @@ class FastWamConfig:
     video_weight: float = 1.0
     action_weight: float = 1.0
     vae: VaeConfig = field(default_factory=VaeConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-
-    def __post_init__(self) -> None:
-        for name, kind in (("vae", VaeConfig), ("text", TextConfig)):
-            if isinstance(value := getattr(self, name), Mapping):
-                object.__setattr__(self, name, make_config(kind, value))
+    text: T5Size = UMT5_XXL
 
 
 class FastWamNetwork(nn.Module):
@@ -99,8 +93,8 @@ class FastWamNetwork(nn.Module):
                 f"network.frames: expected {FRAMES} n + 1, where {FRAMES} n divides the horizon {spec.horizon} and is "
                 f"the future {spec.future} or that is 0, found {config.frames}"
             )
-        self.config, self.padding = config, spec.padding
-        self.vae, self.text = VideoEncoder(config.vae), TextEncoder(config.text)
+        self.config = config
+        self.vae, self.text = VideoEncoder(config.vae), TextEncoder(config.text, spec.padding, blank=True)
         self.state = nn.Linear(spec.state_dim, config.text.width)
         heads = {"heads": config.heads, "size": config.head_size, "text": config.text.width}
         self.video = Stream(config.layers, config.video_width, hidden=config.video_hidden, **heads)
@@ -114,12 +108,13 @@ class FastWamNetwork(nn.Module):
         rows, columns = height // side, sum(widths) // side
         self.seen = rows * columns
         places = {
-            "first": turns(grid(1, rows, columns), config.head_size),
-            "later": turns(grid(later // FRAMES, rows, columns, 1), config.head_size),
-            "action": turns(torch.arange(spec.horizon).double()[:, None], config.head_size),
+            "first": grid(1, rows, columns),
+            "later": grid(later // FRAMES, rows, columns, 1),
+            "action": np.arange(spec.horizon)[:, None],
         }
-        for name, turn in places.items():
-            self.register_buffer(f"{name}_turn", torch.stack(turn), persistent=False)
+        for name, where in places.items():
+            turn = torch.from_numpy(rotary(where, config.head_size))
+            self.register_buffer(f"{name}_turn", turn, persistent=False)
 
     def encode(self, inputs: Inputs) -> Tensor:
         """What the actions look at in every layer, (B, layers, 2, heads, T, head_size): keys and values of the first
@@ -129,30 +124,28 @@ class FastWamNetwork(nn.Module):
 
     def read(self, inputs: Inputs) -> Tensor:
         """Features (B, context + 1, text width) of the instruction, and the state as the last of them."""
-        return torch.cat([self.text(inputs.tokens, self.padding), self.state(inputs.state).unsqueeze(1)], 1)
+        return torch.cat([self.text(inputs.tokens), self.state(inputs.state).unsqueeze(1)], 1)
 
     def look(self, first: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The context of `encode` and the video stream's text, from the first frame's latents (B, T, 4*latent)."""
         text = self.video.read(features)
         _, change = self.video_time(first.new_zeros(len(first), 1))
-        _, seen = self.video(self.video_in(first), change, tuple(self.first_turn), text)
+        _, seen = self.video(self.video_in(first), change, self.first_turn, text)
         return torch.cat([seen, self.action.read(features)], 4), text
 
     def velocity(self, context: Tensor, x: Tensor, tau: Tensor) -> Tensor:
         """Velocity (B, H, dim) of noisy actions x (B, H, dim) at flow times tau (B, 1) or (B, H)."""
         seen, text = context[..., : self.seen, :], context[..., self.seen :, :]
         _, change = self.action_time(1 - tau)
-        x, _ = self.action(self.action_in(x), change, tuple(self.action_turn), text, seen)
+        x, _ = self.action(self.action_in(x), change, self.action_turn, text, seen)
         return -self.action_out(x)
 
     def video_velocity(self, context: Tensor, text: Tensor, x: Tensor, tau: Tensor) -> Tensor:
         """Velocity (B, F, T, 4*latent) of the noisy latents x of later frames at flow times tau (B, 1)."""
         embedded, change = self.video_time(1 - tau)
         seen = context[..., : self.seen, :]
-        h, _ = self.video(self.video_in(x.flatten(1, 2)), change, tuple(self.later_turn), text, seen)
-        out = self.video_out(self.video_norm(h, embedded))
-        # Wan writes a patch place by place, and reads it channel by channel.
-        return -out.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2).reshape(x.shape)
+        h, _ = self.video(self.video_in(x.flatten(1, 2)), change, self.later_turn, text, seen)
+        return -as_patches(self.video_out(self.video_norm(h, embedded))).reshape(x.shape)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Weighted errors of the velocities of actions and, where the batch has later frames, of video."""
@@ -221,7 +214,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(action + r"action_encoder\.(.+)", r"action_in.\1")
     yield Rule(action + r"head\.(.+)", r"action_out.\1")
     yield Rule(r"model\.proprio_encoder\.(.+)", r"state.\1")
-    yield from (*VAE_RULES, *TEXT_RULES)
+    yield from WAN_RULES
 
 
 class FastWamPolicy(FlowPolicy):
@@ -245,7 +238,7 @@ class FastWamPolicy(FlowPolicy):
             FastWamConfig(
                 layers=2, heads=2, head_size=12, video_width=24, video_hidden=32, action_width=48, action_hidden=96,
                 frames=5, vae=VaeConfig(channels=4, growth=(1, 2, 2, 2), blocks=1),
-                text=TextConfig(vocabulary=259, width=16, layers=1, heads=2, size=8, hidden=16),
+                text=T5Size(259, 16, 1, 2, 8, 16, "umt5"),
             ),
             {"cameras": {"scene": (32, 32)}, "horizon": 8, "future": 4, "tokenizer": "bytes", "prompt": "{task}",
              "context": 32},
@@ -261,44 +254,33 @@ class FastWamPolicy(FlowPolicy):
         As many actions as numbers of state are joint targets; 7 actions and 8 numbers of state are LIBERO's steps of a
         tool pose. Raises CheckpointError.
         """
-        where = folder / "config.json"
         source = config.get("text_encoder_model_id", "Wan-AI/Wan2.2-TI2V-5B-Diffusers")
-        parts, tokenizer = open_wan(folder, files, source)
-        try:
-            video, action = config["video_dit_config"], config["action_dit_config"]
-            shapes = {name: tuple(value["shape"]) for name, value in config["input_features"].items()}
-            state, dim = shapes.pop("observation.state")[0], config["action_dim"]
-            network = FastWamConfig(
-                layers=video["num_layers"], heads=video["num_heads"], head_size=video["attn_head_dim"],
-                video_width=video["hidden_dim"], video_hidden=video["ffn_dim"],
-                action_width=action["hidden_dim"], action_hidden=action["ffn_dim"],
-                frames=(config["num_video_frames"] - 1) // config["action_video_freq_ratio"] + 1,
-                shift=config["action_scheduler"]["train_shift"],
-                video_weight=config["loss"]["lambda_video"], action_weight=config["loss"]["lambda_action"],
-                vae=VaeConfig(**vae_config(parts["vae"])), text=TextConfig(**text_config(parts["text_encoder"])),
-            )  # fmt: skip
-            modes = config["normalization_mapping"]
-            sampler = {
-                "steps": config["num_inference_steps"], "context": config["tokenizer_max_len"],
-                "shift": config.get("sigma_shift") or config["action_scheduler"]["infer_shift"],
-                "prompt": config["prompt_template"], "horizon": config["action_horizon"], "future": network.frames - 1,
-            }  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{where}: expected the settings of LeRobot's Fast-WAM, found {error!r}") from error
-        if state != dim and (state, dim) != (8, 7):
+        frozen, tokenizer = open_wan(folder, files, source)
+        robot = LeRobotConfig(folder, config, files, alike=False)
+        if robot.state != robot.action and (robot.state, robot.action) != (8, 7):
             raise CheckpointError(
-                f"{where}: expected as many numbers of state as of action, or 8 and 7, found {state}, {dim}"
+                f"{robot.where}: expected as many numbers of state as of action, or 8 and 7, found {robot.state}, "
+                f"{robot.action}"
             )
-        statistics = Statistics(folder, files)
-        normalizers = statistics.normalizers(modes, state, dim)
-        prefix = "observation.images."
-        cameras = {name.removeprefix(prefix): shapes[name][1:] for name in sorted(shapes) if name.startswith(prefix)}
-        space = ActionSpace(("arm",), "pose", (), "step", rotation="rotvec") if dim == state - 1 else None
-        spec = example_spec(
-            cls.name(), {"arm": state - 1}, cameras,
-            **{**cls.contract, **sampler, "tokenizer": tokenizer}, **({"action_space": space} if space else {}),
+        video, action, times = config["video_dit_config"], config["action_dit_config"], config["action_scheduler"]
+        network = FastWamConfig(
+            layers=video["num_layers"], heads=video["num_heads"], head_size=video["attn_head_dim"],
+            video_width=video["hidden_dim"], video_hidden=video["ffn_dim"],
+            action_width=action["hidden_dim"], action_hidden=action["ffn_dim"],
+            frames=(config["num_video_frames"] - 1) // config["action_video_freq_ratio"] + 1,
+            shift=times["train_shift"], video_weight=config["loss"]["lambda_video"],
+            action_weight=config["loss"]["lambda_action"], **frozen,
         )  # fmt: skip
-        return spec, network, normalizers
+        contract = cls.contract | {
+            "steps": config["num_inference_steps"], "context": config["tokenizer_max_len"], "tokenizer": tokenizer,
+            "shift": config.get("sigma_shift") or times["infer_shift"], "prompt": config["prompt_template"],
+            "horizon": config["action_horizon"], "future": network.frames - 1,
+        }  # fmt: skip
+        if robot.state != robot.action:
+            contract["action_space"] = ActionSpace(("arm",), "pose", (), "step", rotation="rotvec")
+        cameras = dict(sorted(robot.cameras.items()))
+        spec = example_spec(cls.name(), {"arm": robot.state - 1}, cameras, **contract)
+        return spec, network, robot.normalizers()
 
 
 def _mix(noise: Tensor, data: Tensor, tau: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vla_models.parts.attention import Attention
+from vla_models.parts.attention import TransformerBlock
 from vla_models.parts.clip_text import ClipText
-from vla_models.parts.cvae import divergence, draw_latent, mean_l1
+from vla_models.parts.cvae import divergence, draw_latent, mean_l1, read_latent
 from vla_models.parts.detr import DecoderBlock, EncoderBlock
 from vla_models.parts.mixture import text_mask
 from vla_models.parts.vq import VqAutoencoder
@@ -79,23 +79,6 @@ class Gr2Config:
             raise PolicyError(f"network.frozen: expected parts among 'text' and 'vq', found {sorted(unknown)}")
 
 
-class GptBlock(nn.Module):
-    """Transformer block of GPT-2: pre-norm, GELU, four times as wide inside."""
-
-    def __init__(self, config: Gr2Config):
-        super().__init__()
-        width = config.width
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.attention = Attention(width, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        h = self.norms[0](x)
-        x = x + self.dropout(self.attention(h, h, h, mask))
-        return x + self.dropout(self.mlp(self.norms[1](x)))
-
-
 class Trajectory(nn.Module):
     """The conditional VAE: (outputs of the newest observation, z) -> H actions, and actions -> posterior of z.
 
@@ -112,8 +95,8 @@ class Trajectory(nn.Module):
         self.queries = nn.Parameter(torch.randn(spec.horizon, width))
         self.decoder = nn.ModuleList(DecoderBlock(*block) for _ in range(config.head_layers))
         self.action_out = nn.Linear(width, spec.action_dim)
-        self.action_in = nn.Linear(spec.action_dim, width)
         self.posterior_places = nn.Parameter(torch.randn(spec.horizon + 1, width) * 0.02)
+        self.action_in = nn.Linear(spec.action_dim, width)
         self.posterior = nn.ModuleList(EncoderBlock(*block) for _ in range(config.head_layers))
         self.posterior_out = nn.Linear(width, 2 * config.latent)
 
@@ -128,12 +111,8 @@ class Trajectory(nn.Module):
 
     def posterior_of(self, act: Tensor, actions: Tensor, padded: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of z, (B, latent) each. act (B, width): output at [ACT]; actions (B, H, dim)."""
-        x = torch.cat([self.condition(act).unsqueeze(1), self.action_in(actions)], 1)
-        mask = torch.cat([padded.new_zeros(len(padded), 1), padded], 1)
-        for block in self.posterior:
-            x = block(x, self.posterior_places, mask)
-        mean, log_variance = self.posterior_out(x[:, 0]).chunk(2, -1)
-        return mean, log_variance
+        seen, done = self.condition(act).unsqueeze(1), self.action_in(actions)
+        return read_latent(self.posterior, self.posterior_out, seen, done, padded, self.posterior_places)
 
 
 class Gr2Network(nn.Module):
@@ -166,7 +145,9 @@ class Gr2Network(nn.Module):
         self.text_places = nn.Parameter(torch.randn(spec.context, width) * 0.02)
         self.code_places = nn.Parameter(torch.randn(sum(self.sizes), width) * 0.02)
         self.times = nn.Parameter(torch.randn(spec.history + 1, width) * 0.02)
-        self.blocks = nn.ModuleList(GptBlock(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.heads, 4 * width, dropout=config.dropout) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.code_out = nn.Linear(width, config.codes, bias=False)
         self.trajectory = Trajectory(spec, config, sum(self.sizes) + 2)

@@ -7,9 +7,15 @@
 One transformer, Wan2.2's, runs video and actions in turns; what tells them apart are embeddings, heads and places: a
 frame's actions lie between it and the next. The loop is the system (github.com/Robbyant/lingbot-va): nothing imagined
 stays. While a chunk is executed the frames that are really seen are collected; before the next one they and the
-executed actions are encoded and enter the cache, the imagined ones never do (`parts.key_frames`). Of the first chunk
-frame 0 is the picture at hand. Training: video and actions at once with block-causal masks, every frame with a flow
-time of its own.
+executed actions are encoded and enter the cache, the imagined ones never do (`parts.key_frames`).
+
+Actions of a frame are those that lead to it. To frame 0, the picture at the beginning, none do, so that the first chunk
+says a frame's actions fewer than the later ones: (frames - 1) * frame_actions, then frames * frame_actions. As in the
+authors' loop the next chunk is asked for when they are executed; asked for earlier, it begins in the middle of a frame
+and ends where the imagined video does.
+
+Training: video and actions at once with block-causal masks, every frame with a flow time of its own; a tenth of the
+samples without their instruction.
 """
 
 from __future__ import annotations
@@ -26,27 +32,23 @@ from vla_core.actions import ActionSpace
 
 from vla_models.lerobot import Statistics
 from vla_models.normalization import Normalizer
-from vla_models.parts.key_frames import KeyFramePolicy
+from vla_models.parts.key_frames import Episode, KeyFramePolicy, KeyFrames
+from vla_models.parts.text_encoder import UMT5_XXL, T5Size, TextEncoder
 from vla_models.parts.video_dit import (
-    TEXT_RULES,
     Condition,
     FinalNorm,
     Stream,
-    TextConfig,
-    TextEncoder,
+    as_patches,
     block_rules,
-    grid,
     patches,
     shifted,
-    text_config,
     training_weight,
-    turns,
 )
-from vla_models.parts.video_vae import FRAMES, PIXELS, VAE_RULES, VaeConfig, VideoEncoder, open_wan, vae_config
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec, make_config
-from vla_models.published import Rule, TensorFiles
-from vla_models.sampling import sample_flow
-from vla_models.torch_policy import Batch, Preset
+from vla_models.parts.video_vae import FRAMES, PIXELS, VaeConfig, VideoEncoder
+from vla_models.parts.wan import WAN_RULES, open_wan
+from vla_models.policy import PolicyError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles, require
+from vla_models.torch_policy import Batch, Preset, TorchPolicy
 
 #: How the cameras' latents are put together: beside each other; or the second and third, of half the size, beside each
 #: other above the first.
@@ -61,8 +63,9 @@ class LingBotVaConfig:
     channels: which of them the robot's actions are, in its order; empty: the first. frames, frame_actions: latent
     frames in a chunk and actions in each (a multiple of 4; their product is the horizon). window: chunks that the cache
     holds, those of video and those of actions counted. video_steps, video_shift: of the video's sampler; guidance: of
-    the text on the video (1: none). layout: see LAYOUTS. blur: part of the training samples whose seen frames are
-    noisy too. vae, text: of the frozen encoders.
+    the text on the video (1: none). layout: see LAYOUTS. blur: part of the training batches whose seen frames are
+    noisy too; text_dropout: part of the training samples without their instruction, for the guidance. vae, text: of the
+    frozen encoders.
     """
 
     layers: int = 30
@@ -79,13 +82,11 @@ class LingBotVaConfig:
     guidance: float = 5.0
     layout: str = "row"
     blur: float = 0.5
+    text_dropout: float = 0.1
     vae: VaeConfig = field(default_factory=VaeConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    text: T5Size = UMT5_XXL
 
     def __post_init__(self) -> None:
-        for name, kind in (("vae", VaeConfig), ("text", TextConfig)):
-            if isinstance(value := getattr(self, name), Mapping):
-                object.__setattr__(self, name, make_config(kind, value))
         if self.layout not in LAYOUTS:
             raise PolicyError(f"network.layout: expected one of {LAYOUTS}, found {self.layout!r}")
         if self.frame_actions % FRAMES:
@@ -113,7 +114,7 @@ class LingBotVaNetwork(nn.Module):
 
     def __init__(self, spec: PolicySpec, config: LingBotVaConfig):
         super().__init__()
-        self.config, self.padding, self.shift = config, spec.padding, spec.shift
+        self.config, self.shift = config, spec.shift
         horizon, later = config.frames * config.frame_actions, config.frames * FRAMES
         if spec.horizon != horizon or spec.history < horizon or spec.future not in (0, later):
             raise PolicyError(
@@ -126,8 +127,15 @@ class LingBotVaNetwork(nn.Module):
                 f"network.channels: expected {spec.action_dim} below {config.action_width}, found {self.channels}"
             )
         self.rows, self.columns = _latent_grid(spec, config.layout)
+        chunk = config.frames * (self.rows * self.columns + config.frame_actions)
+        self.loop = KeyFrames(
+            frames=config.frames, frame_actions=config.frame_actions, pictures=FRAMES, rows=self.rows,
+            columns=self.columns, numbers=4 * config.vae.latent, width=config.action_width, channels=self.channels,
+            window=config.window // 2 * chunk, head_size=config.head_size, video_steps=config.video_steps,
+            video_shift=config.video_shift, guided=config.guidance > 1,
+        )  # fmt: skip
         width = config.heads * config.head_size
-        self.vae, self.text = VideoEncoder(config.vae), TextEncoder(config.text)
+        self.vae, self.text = VideoEncoder(config.vae), TextEncoder(config.text, spec.padding, blank=True)
         self.stream = Stream(config.layers, width, config.heads, config.head_size, config.hidden, config.text.width)
         self.video_time, self.action_time = Condition(width, 256), Condition(width, 256)
         self.video_in = nn.Linear(4 * config.vae.latent, width)
@@ -138,10 +146,12 @@ class LingBotVaNetwork(nn.Module):
         used = torch.zeros(config.action_width)
         used[list(self.channels)] = 1
         self.register_buffer("used", used, persistent=False)
+        #: Tokens of no instruction; a policy that has a tokeniser puts its own here.
+        self.register_buffer("nothing", torch.full((spec.context,), spec.padding), persistent=False)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Keys and values of texts (B, L) for every block."""
-        return self.stream.read(self.text(tokens, self.padding))
+        return self.stream.read(self.text(tokens))
 
     def see(self, images: tuple[Tensor, ...], past: tuple = ()) -> tuple[Tensor, tuple]:
         """Latents (B, F, N, 4*latent) of frames (B, 3, T, h, w), one a camera, that follow those of `past`."""
@@ -153,64 +163,85 @@ class LingBotVaNetwork(nn.Module):
             return patches(torch.cat([torch.cat(latents[1:], -1), latents[0]], -2)), memories
         return patches(torch.cat(latents, -1)), memories
 
+    def turns(self, frames: int, first: int) -> tuple[Tensor, Tensor]:
+        """See KeyFrames.turns."""
+        video, action = (torch.from_numpy(turn).to(self.used.device) for turn in self.loop.turns(frames, first))
+        return video, action
+
     def scatter(self, actions: Tensor) -> Tensor:
         """A robot's actions (..., dim) in the channels of the network, (..., action_width)."""
         out = actions.new_zeros(*actions.shape[:-1], self.config.action_width)
         return out.index_copy(-1, torch.tensor(self.channels, device=out.device), actions)
 
-    def video(self, x: Tensor, share: Tensor, text: Tensor, first: int, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def video(
+        self,
+        x: Tensor,
+        share: Tensor,
+        text: Tensor,
+        turn: Tensor,
+        past: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Velocity of noisy latents x (B, F, N, 4*latent) with shares (B, F) of noise, and their keys and values.
 
-        first: number of their first frame in the episode. past: keys and values that they see.
+        turn (2, F*N, head_size/2): rotary embedding of their places. past: keys and values that they see; allowed
+        (1, T): which of those and of their own.
         """
         embedded, change = self.video_time(share.repeat_interleave(x.shape[2], 1))
-        turn = turns(self._video_places(x.shape[1], first), self.config.head_size, x.device)
-        h, own = self.stream(self.video_in(x.flatten(1, 2)), change, turn, text, self._room(past, _tokens(x)))
+        h, own = self.stream(self.video_in(x.flatten(1, 2)), change, turn, text, past, allowed)
         return self._video_velocity(h, embedded).reshape(x.shape), own
 
-    def action(self, x: Tensor, share: Tensor, text: Tensor, first: int, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def action(
+        self,
+        x: Tensor,
+        share: Tensor,
+        text: Tensor,
+        turn: Tensor,
+        past: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The same of noisy actions x (B, F, A, W)."""
         embedded, change = self.action_time(share.repeat_interleave(x.shape[2], 1))
-        turn = turns(self._action_places(x.shape[1], first), self.config.head_size, x.device)
         x = x * self.used
-        h, own = self.stream(self.action_in(x.flatten(1, 2)), change, turn, text, self._room(past, _tokens(x)))
+        h, own = self.stream(self.action_in(x.flatten(1, 2)), change, turn, text, past, allowed)
         return -self.action_out(self.norm(h, embedded)).reshape(x.shape), own
 
-    def write(self, past: Tensor | None, latents: Tensor, actions: Tensor, text: Tensor, first: int) -> Tensor:
-        """The cache with what was really seen and done: latents and actions of frames `first`, first + 1, ..."""
-        still = latents.new_zeros(len(text), latents.shape[1])
-        for stream, x in ((self.video, latents), (self.action, actions)):
-            _, own = stream(x.expand(len(text), -1, -1, -1), still, text, first, past)
-            past = _join(self._room(past, own.shape[4]), own)
-        return past
+    def imagine(
+        self,
+        x: Tensor,
+        share: Tensor,
+        text: Tensor,
+        turn: Tensor,
+        past: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`video` for one x (1, F, N, 4*latent), guided by the text.
 
-    def imagine(self, noise: Tensor, text: Tensor, past: Tensor | None, first: int, given: Tensor | None) -> tuple:
-        """Latents of the next chunk and their keys and values. given (B, 1, N, 4*latent): the first frame, if known.
-
-        text, past: of the instruction and, with guidance, of no instruction in a second row.
+        text, past: of the instruction and, with guidance, of no instruction in a second row. The keys and values are
+        those of the instruction alone.
         """
+        rows = len(text)
+        v, own = self.video(x.expand(rows, -1, -1, -1), share.expand(rows, -1), text, turn, past, allowed)
+        return v if rows == 1 else v[1:] + self.config.guidance * (v[:1] - v[1:]), own[:1]
 
-        def velocity(x: Tensor, tau: float) -> Tensor:
-            x, share = _given(x, 1 - tau, given)
-            rows = len(text)
-            v, _ = self.video(x.expand(rows, -1, -1, -1), share.expand(rows, -1), text, first, past)
-            return v if rows == 1 else v[1:] + self.config.guidance * (v[:1] - v[1:])
+    def write(
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        text: Tensor,
+        turns: tuple[Tensor, Tensor],
+        past: Tensor | None = None,
+        allowed: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        """Keys and values of what was really seen and done: latents (1, F, N, 4*latent), actions (1, F, A, W).
 
-        latents = sample_flow(velocity, noise, self.config.video_steps, None, self.config.video_shift)
-        latents, share = _given(latents, 0.0, given)
-        seen = latents.expand(len(text), -1, -1, -1)
-        return latents, self.video(seen, share.expand(len(text), -1), text, first, past)[1]
-
-    def decide(self, noise: Tensor, text: Tensor, past: Tensor, first: int, steps: int) -> Tensor:
-        """Actions (1, F, A, W) of the next chunk, past: cache and imagined video. Those of frame 0 are zeros."""
-        given = torch.zeros_like(noise[:, :1]) if first == 0 else None
-
-        def velocity(x: Tensor, tau: float) -> Tensor:
-            x, share = _given(x, 1 - tau, given)
-            return self.action(x, share, text, first, past)[0]
-
-        actions = sample_flow(velocity, noise, steps, None, self.shift)
-        return _given(actions, 0.0, given)[0] * self.used
+        turns, allowed: of the video and of the actions, which see it.
+        """
+        still = latents.new_zeros(len(text), latents.shape[1])
+        for stream, x, turn, sees in zip((self.video, self.action), (latents, actions), turns, allowed, strict=True):
+            _, own = stream(x.expand(len(text), -1, -1, -1), still, text, turn, past, sees)
+            past = own if past is None else torch.cat([past, own], 4)
+        return past[..., -(latents.shape[2] + actions.shape[2]) * latents.shape[1] :, :]
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Weighted errors of the velocities of video and actions, over one frame before a chunk and those of the chunk.
@@ -218,7 +249,8 @@ class LingBotVaNetwork(nn.Module):
         Without later frames (Batch.future) the picture stands still and nothing is learnt of the video.
         """
         config, count, device = self.config, len(batch.actions), batch.actions.device
-        text = self.read(batch.inputs.tokens)
+        without = (torch.rand(count, 1, generator=generator) < config.text_dropout).to(device)
+        text = self.read(torch.where(without, self.nothing, batch.inputs.tokens))
         now = tuple(image[:, -1:].transpose(1, 2) if image.ndim == 5 else image.unsqueeze(2)
                     for image in batch.inputs.images)  # fmt: skip
         latents, memory = self.see(now)
@@ -268,8 +300,7 @@ class LingBotVaNetwork(nn.Module):
             e, c = time(share.repeat_interleave(part.shape[2], 1))
             embedded.append(e)
             change.append(c)
-        places = [self._video_places(frames, 0)] * 2 + [self._action_places(frames, 0)] * 2
-        turn = turns(torch.cat(places), self.config.head_size, latents.device)
+        turn = torch.cat([turn for turn in self.turns(frames, 0) for _ in range(2)], 1)
         allowed = training_mask(frames, tokens, each, draw.chunk, draw.window).to(latents.device)
         h, _ = self.stream(torch.cat(x, 1), torch.cat(change, 1), turn, text, allowed=allowed)
         parts = h.split([frames * tokens] * 2 + [frames * each] * 2, 1)
@@ -282,27 +313,7 @@ class LingBotVaNetwork(nn.Module):
         return {"loss": video + action, "video": video, "action": action}
 
     def _video_velocity(self, h: Tensor, embedded: Tensor) -> Tensor:
-        out = self.video_out(self.norm(h, embedded))
-        # Wan writes a patch place by place, and reads it channel by channel.
-        return -out.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
-
-    def _video_places(self, frames: int, first: int) -> Tensor:
-        return grid(frames, self.rows, self.columns, first)
-
-    def _action_places(self, frames: int, first: int) -> Tensor:
-        """Evenly between a frame and the next; off the picture."""
-        each = self.config.frame_actions
-        steps = torch.arange(1, each + 1).double() / (each + 1)
-        frame = (torch.arange(first, first + frames).double()[:, None] + steps).flatten()
-        return torch.stack([frame, torch.full_like(frame, -1), torch.full_like(frame, -1)], 1)
-
-    def _room(self, past: Tensor | None, more: int) -> Tensor | None:
-        """The newest of the past that fits into the window with `more` tokens."""
-        if past is None:
-            return None
-        config = self.config
-        chunk = config.frames * (self.rows * self.columns + config.frame_actions)
-        return past[..., max(0, past.shape[4] - max(0, config.window // 2 * chunk - more)) :, :]
+        return -as_patches(self.video_out(self.norm(h, embedded)))
 
 
 def _rules() -> Iterator[Rule]:
@@ -331,10 +342,10 @@ def _rules() -> Iterator[Rule]:
     for theirs, ours in names.items():
         yield Rule(rf"transformer\.{theirs}\.(.+)", rf"{ours}.\1")
     yield Rule(r"transformer\.scale_shift_table", "norm.modulation", change=lambda value: value[0])
-    yield from (*VAE_RULES, *TEXT_RULES)
+    yield from WAN_RULES
 
 
-class LingBotVaPolicy(KeyFramePolicy):
+class LingBotVaPolicy(KeyFramePolicy, TorchPolicy):
     """The recipe "lingbot_va" on torch; see KeyFramePolicy for what it keeps between two chunks."""
 
     Config, Network = LingBotVaConfig, LingBotVaNetwork
@@ -354,14 +365,71 @@ class LingBotVaPolicy(KeyFramePolicy):
         ),
         "tiny": Preset(
             LingBotVaConfig(
-                layers=2, heads=2, head_size=24, hidden=96, action_width=10, frames=3, video_steps=2,
+                layers=2, heads=2, head_size=24, hidden=96, action_width=10, frames=3, video_steps=2, blur=0.0,
                 vae=VaeConfig(channels=4, growth=(1, 2, 2, 2), blocks=1),
-                text=TextConfig(vocabulary=259, width=16, layers=1, heads=2, size=8, hidden=16),
+                text=T5Size(259, 16, 1, 2, 8, 16, "umt5"),
             ),
-            {"cameras": {"scene": (32, 32)}, "horizon": 12, "history": 12, "future": 12, "steps": 3,
+            {"cameras": {"scene": (32, 32)}, "horizon": 12, "history": 12, "future": 12, "steps": 3, "shift": 1.0,
              "tokenizer": "bytes", "context": 32},
         ),
     }  # fmt: skip
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.loop = self.network.loop
+        self.network.nothing.copy_(torch.from_numpy(self.processor.tokenizer.encode("")))
+        self.reset()
+
+    @torch.no_grad()
+    def read(self, tokens: np.ndarray) -> Tensor:
+        return self.network.read(self._tensor(tokens))
+
+    @torch.no_grad()
+    def look(self, pictures: tuple[np.ndarray, ...], memory: Any) -> tuple[np.ndarray, Any]:
+        latents, memory = self.network.see(tuple(map(self._tensor, pictures)), memory or ())
+        return latents.flatten(2).float().cpu().numpy(), memory
+
+    @torch.no_grad()
+    def write(self, episode: Episode, latents: np.ndarray, actions: np.ndarray) -> Tensor:
+        frames, loop, past = latents.shape[1], self.loop, episode.cache
+        video = frames * loop.tokens
+        own = self.network.write(
+            self._latents(latents), self._actions(actions), episode.text, self.network.turns(frames, episode.frames),
+            past, (self._sees(episode, video), self._sees(episode, video + frames * loop.frame_actions)),
+        )  # fmt: skip
+        return (own if past is None else torch.cat([past, own], 4))[..., -loop.window :, :]
+
+    @torch.no_grad()
+    def video(self, episode: Episode, x: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, Any]:
+        loop = self.loop
+        turn, sees = self.network.turns(loop.frames, episode.frames)[0], self._sees(episode, loop.frames * loop.tokens)
+        v, own = self.network.imagine(self._latents(x), self._tensor(share), episode.text, turn, episode.cache, sees)
+        return v.flatten(2).float().cpu().numpy(), own
+
+    @torch.no_grad()
+    def action(self, episode: Episode, imagined: Any, x: np.ndarray, share: np.ndarray) -> np.ndarray:
+        loop = self.loop
+        turn = self.network.turns(loop.frames, episode.frames)[1]
+        past = imagined if episode.cache is None else torch.cat([episode.cache[:1], imagined], 4)
+        sees = self._sees(episode, loop.frames * (loop.tokens + loop.frame_actions))
+        v, _ = self.network.action(self._actions(x), self._tensor(share), episode.text[:1], turn, past, sees)
+        return v.flatten(2).float().cpu().numpy()
+
+    def _sees(self, episode: Episode, count: int) -> Tensor | None:
+        """See KeyFrames.sees; None: everything."""
+        sees = self.loop.sees(episode.filled, episode.filled, np.ones(count, bool))
+        return None if sees.all() else self._tensor(sees)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def _latents(self, x: np.ndarray) -> Tensor:
+        """(1, F, n) as tokens (1, F, N, 4*latent)."""
+        return self._tensor(x).unflatten(2, (self.loop.tokens, -1))
+
+    def _actions(self, x: np.ndarray) -> Tensor:
+        """(1, F, m) as actions (1, F, A, W)."""
+        return self._tensor(x).unflatten(2, (self.loop.frame_actions, -1))
 
     @classmethod
     def read_published(
@@ -372,30 +440,24 @@ class LingBotVaPolicy(KeyFramePolicy):
         7 actions are LIBERO's steps of a tool pose, 16 RoboTwin's two absolute tool poses with grippers, other numbers
         joints. Raises CheckpointError.
         """
-        where = folder / "config.json"
-        parts, tokenizer = open_wan(folder, files, config.get("wan_pretrained_path", "robbyant/lingbot-va-base"))
-        try:
-            above = config["camera_layout"] == "robotwin_tshape"
-            network = LingBotVaConfig(
-                layers=config["num_layers"], heads=config["num_attention_heads"],
-                head_size=config["attention_head_dim"], hidden=config["ffn_dim"], action_width=config["action_dim"],
-                channels=tuple(config["used_action_channel_ids"]), frames=config["frame_chunk_size"],
-                frame_actions=config["action_per_frame"], window=config["attn_window"],
-                video_steps=config["num_inference_steps"], video_shift=config["snr_shift"],
-                guidance=config["guidance_scale"], layout="above" if above else "row",
-                vae=VaeConfig(**vae_config(parts["vae"])), text=TextConfig(**text_config(parts["text_encoder"])),
-            )  # fmt: skip
-            size, names = (config["height"], config["width"]), config["obs_cam_keys"]
-            horizon = network.frames * network.frame_actions
-            sampler = {
-                "steps": config["action_num_inference_steps"], "shift": config["action_snr_shift"],
-                "horizon": horizon, "history": horizon, "future": network.frames * FRAMES,
-                "context": config["max_sequence_length"],
-            }  # fmt: skip
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{where}: expected the settings of LeRobot's LingBot-VA, found {error!r}") from error
-        if config.get("action_guidance_scale", 1) != 1 or config.get("video_exec_step", -1) != -1:
-            raise CheckpointError(f"{where}: expected no guidance of actions and all video steps, found others")
+        require(folder / "config.json", config, {"action_guidance_scale": 1, "video_exec_step": -1})
+        frozen, tokenizer = open_wan(folder, files, config.get("wan_pretrained_path", "robbyant/lingbot-va-base"))
+        above = config["camera_layout"] == "robotwin_tshape"
+        network = LingBotVaConfig(
+            layers=config["num_layers"], heads=config["num_attention_heads"],
+            head_size=config["attention_head_dim"], hidden=config["ffn_dim"], action_width=config["action_dim"],
+            channels=tuple(config["used_action_channel_ids"]), frames=config["frame_chunk_size"],
+            frame_actions=config["action_per_frame"], window=config["attn_window"],
+            video_steps=config["num_inference_steps"], video_shift=config["snr_shift"],
+            guidance=config["guidance_scale"], layout="above" if above else "row", **frozen,
+        )  # fmt: skip
+        size, names = (config["height"], config["width"]), config["obs_cam_keys"]
+        horizon = network.frames * network.frame_actions
+        sampler = {
+            "steps": config["action_num_inference_steps"], "shift": config["action_snr_shift"],
+            "horizon": horizon, "history": horizon, "future": network.frames * FRAMES,
+            "context": config["max_sequence_length"],
+        }  # fmt: skip
         dim = len(network.channels)
         arms, space = {"arm": dim - 1}, {}
         if dim == 7:
@@ -427,11 +489,6 @@ def training_mask(frames: int, tokens: int, each: int, chunk: int, window: int) 
     return (seen | own) & ((query - key).abs() <= window)
 
 
-def _tokens(x: Tensor) -> int:
-    """Tokens of x (B, F, N, ...)."""
-    return x.shape[1] * x.shape[2]
-
-
 def _latent_grid(spec: PolicySpec, layout: str) -> tuple[int, int]:
     """Rows and columns of tokens in a frame. Raises PolicyError when the cameras do not fit together."""
     sizes, side = list(spec.cameras.values()), 2 * PIXELS
@@ -448,18 +505,6 @@ def _latent_grid(spec: PolicySpec, layout: str) -> tuple[int, int]:
             f"found {dict(spec.cameras)}"
         )
     return rows // side, columns // side
-
-
-def _given(x: Tensor, share: float, given: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B, F, ...) with its first frame replaced by what is given, and the share (B, F) of noise of each frame."""
-    shares = x.new_full(x.shape[:2], share)
-    if given is None:
-        return x, shares
-    return torch.cat([given, x[:, 1:]], 1), torch.cat([torch.zeros_like(shares[:, :1]), shares[:, 1:]], 1)
-
-
-def _join(past: Tensor | None, own: Tensor) -> Tensor:
-    return own if past is None else torch.cat([past, own], 4)
 
 
 def _mix(data: Tensor, noise: Tensor, share: Tensor) -> Tensor:

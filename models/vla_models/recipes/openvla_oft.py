@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_models import identity_normalizers
 from vla_models.normalization import Normalizer
+from vla_models.oxe import DataSet
 from vla_models.parts.mixture import text_mask
 from vla_models.parts.prismatic import RULES, Prismatic, PrismaticConfig, published_sizes
 from vla_models.policy import CheckpointError, PolicySpec
 from vla_models.published import Rule, TensorFiles
-from vla_models.recipes.openvla import PROMPT, STEPS, data_set, normalizer, published_spec, robot_of
+from vla_models.recipes.openvla import PROMPT, STEPS, published_spec, robot_of
 from vla_models.torch_policy import Batch, Inputs, OnePassPolicy, Preset
 
 
@@ -189,9 +190,9 @@ class OpenVlaOftPolicy(OnePassPolicy):
                     f"safetensors.torch.save_file(torch.load({pickled[0].name!r}, weights_only=True), "
                     f"{part + '.safetensors'!r})"
                 )
-        name, statistics = data_set(folder, config)
-        robot = robot_of(name)
-        action = normalizer(folder, name, statistics, "action", robot)
+        data = DataSet.read(folder, config, "unnorm_key")
+        robot = robot_of(data.name)
+        action = robot.action(data)
         proprio = any(key.startswith("proprio_projector.") for key in files.shapes)
         network = OpenVlaOftConfig(
             **published_sizes(folder, config, files),
@@ -200,14 +201,7 @@ class OpenVlaOftPolicy(OnePassPolicy):
         )
         cameras = ("scene", "wrist") if len(action.offset) == 7 else ("top", "left_wrist", "right_wrist")
         cameras = cameras[: int(config.get("num_images_in_input", len(cameras)))]
-        more = {"state": "libero"} if "libero" in name else {}
+        more = {"state": "libero"} if "libero" in data.name else {}
         spec = published_spec(cls.name(), folder, config, robot, len(action.offset), robot.chunk, cameras, **more)
-        state = Normalizer("mean_std", np.zeros(spec.state_dim), np.ones(spec.state_dim))
-        if proprio:
-            state = normalizer(folder, name, statistics, "proprio", robot)
-            if len(state.offset) != spec.state_dim:
-                raise CheckpointError(
-                    f"{folder}: statistics of {name!r}: proprio: expected {spec.state_dim} numbers ({spec.state} "
-                    f"states), found {len(state.offset)}"
-                )
-        return spec, network, {"state": state, "action": action}
+        state = {"state": robot.state(data, spec.state_dim)} if proprio else {}
+        return spec, network, {**identity_normalizers(spec), "action": action, **state}

@@ -12,7 +12,6 @@ Checkpoints: lerobot/pi0_base and what LeRobot trained from it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vla_models.parts.action_expert import LEROBOT_RULES, ActionExpert, ActionExpertConfig, ActionExpertPolicy
@@ -41,8 +40,7 @@ class Pi0Network(ActionExpert):
         return self.state_in(state.to(self.state_in.weight)).unsqueeze(1)
 
     def tokens_of(self, actions: Tensor, time: Tensor) -> tuple[Tensor, None]:
-        both = torch.cat([actions, time.expand_as(actions)], -1)
-        return self.time_out(nn.functional.silu(self.time_in(both))), None
+        return self.timed(actions, time), None
 
 
 TINY = {

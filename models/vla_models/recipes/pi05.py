@@ -13,19 +13,20 @@ head are those of the embedding. Checkpoints: lerobot/pi05_base and what LeRobot
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_models.answering import Step
 from vla_models.parts.action_expert import LEROBOT_RULES, ActionExpert, ActionExpertConfig, ActionExpertPolicy
-from vla_models.policy import InferenceRequest, PolicyObservation, PolicyOutput, PolicySpec
-from vla_models.preprocess import Processor
+from vla_models.parts.instructed import InstructedPolicy
+from vla_models.policy import ModelInputs, PolicySpec
 from vla_models.published import Rule
 from vla_models.recipes.pi0 import CAMERAS, TINY
+from vla_models.token_policy import steps_of
+from vla_models.tokenizers import TextAnswer
 from vla_models.torch_policy import Batch, Preset
 
 
@@ -55,13 +56,12 @@ class Pi05Network(ActionExpert):
         return actions, silu(self.time_out(silu(self.time_in(time))))
 
 
-class Pi05Policy(ActionExpertPolicy):
+class Pi05Policy(InstructedPolicy, ActionExpertPolicy):
     """The recipe "pi05" on torch."""
 
     Config, Network = Pi05Config, Pi05Network
     parameters = 3.35e9
     normalization = {"state": "quantile", "action": "quantile"}
-    #: What the language head reads when it is asked for the subtask.
     question = "Task: {task}, State: {state};\nSubtask: "
     contract = {
         "steps": 10, "guidance": ("guided", "prefix"), "prefix_limit": 10, "tokenizer": "bytes", "context": 200,
@@ -83,33 +83,17 @@ class Pi05Policy(ActionExpertPolicy):
         *LEROBOT_RULES,
     )
 
-    def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
-        """The next chunk; with a `subtask` in the settings, for the subtask that the language head says."""
-        return super().infer(self.instructed(observation), request)
+    @property
+    def talk(self) -> TextAnswer | None:
+        config = self.config
+        return TextAnswer(config.end, config.vocabulary, config.subtask) if config.subtask else None
 
-    def instructed(self, observation: PolicyObservation) -> PolicyObservation:
-        """The observation with the instruction to act on: its own, or the subtask (see Pi05Config)."""
-        if not self.config.subtask:
-            return observation
-        return dataclasses.replace(observation, instruction=self.subtask(observation))
-
-    def subtask(self, observation: PolicyObservation, limit: int = 0) -> str:
-        """What to do next for the observation's instruction, in the language head's words: at most `limit` tokens.
-
-        limit 0: as many as the settings say.
-        """
-        inputs = self.tensors(self.asker.inputs(observation)[0])
+    def ask(self, inputs: ModelInputs) -> tuple[np.ndarray, Step]:
+        network, length = self.network, self.config.subtask
         with torch.no_grad():
-            said = self.network.generate(inputs, limit or self.config.subtask or 32)[0].tolist()
-        kept = said[: said.index(self.config.end)] if self.config.end in said else said
-        return self.processor.tokenizer.decode(kept).strip()
-
-    @cached_property
-    def asker(self) -> Processor:
-        """Prepares inputs whose prompt asks for the subtask."""
-        asker = copy.copy(self.processor)
-        asker.spec = dataclasses.replace(self.spec, prompt=self.question)
-        return asker
+            keys, valid, logits = network.ask(self.tensors(inputs))
+        tail = keys.new_zeros(*keys.shape[:-2], length, keys.shape[-1])
+        return logits[0].float().cpu().numpy(), steps_of(network.say, keys, valid, tail)
 
     def text_loss(self, batch: Batch, text: Tensor) -> dict[str, Tensor]:
         """Cross-entropy of subtasks `text` (B, L): tokens, their end, padding. The prompts are those of `asker`."""

@@ -16,8 +16,6 @@ not the expert's widths: pi0.5's, at Gemma 3's depth, heads and size of a head, 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vla_models.parts.mixture import ExpertConfig, MixtureConfig
-from vla_models.policy import ChunkPrefix, InferenceRequest, ModelInputs, PolicyObservation, PolicyOutput, PolicySpec
+from vla_models.policy import ChunkPrefix, ModelInputs, PolicySpec
 from vla_models.preprocess import Processor
 from vla_models.recipes.pi0 import CAMERAS, TINY
 from vla_models.recipes.pi05 import Pi05Config, Pi05Network, Pi05Policy
@@ -78,6 +76,23 @@ class Pi06Network(Pi05Network):
         return super().flow_loss(context, actions, noise, tau, keep)
 
 
+class Weighed:
+    """A network whose velocity with one prompt is weighed against that with another one; both are rows of a batch."""
+
+    def __init__(self, network: Pi06Network, weight: float):
+        self.network, self.weight = network, weight
+
+    def encode(self, inputs: Inputs, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """The context of inputs with their own tokens, then of the same with the tokens `plain`."""
+        images = tuple(torch.cat([image, image]) for image in inputs.images)
+        others = (torch.cat([value, value]) for value in inputs[2:])
+        return self.network.encode(Inputs(images, torch.cat([inputs.tokens, plain]), *others))
+
+    def velocity(self, context: tuple[Tensor, Tensor], x: Tensor, tau: Tensor) -> Tensor:
+        told, plain = self.network.velocity(context, torch.cat([x, x]), torch.cat([tau, tau])).chunk(2)
+        return plain + self.weight * (told - plain)
+
+
 class Pi06Policy(Pi05Policy):
     """The recipe "pi06" on torch. In use the prompt asks for good actions: "Advantage: positive"."""
 
@@ -98,19 +113,17 @@ class Pi06Policy(Pi05Policy):
         ),
     }  # fmt: skip
 
-    #: Inputs whose prompt says nothing of the advantage, where guidance is wanted.
-    plain: ModelInputs | None = None
+    @property
+    def plain_prompt(self) -> str:
+        return "" if self.config.weight == 1 else make_prompt(None)
 
     def conditioned(self, advantage: bool | None, facts: Mapping[str, str] | None = None) -> Processor:
         """Prepares training samples whose prompt states the advantage (None: nothing of it) and `facts` about them."""
-        out = copy.copy(self.processor)
-        out.spec = dataclasses.replace(self.spec, prompt=make_prompt(advantage, facts))
-        return out
+        return self.reader(make_prompt(advantage, facts))
 
-    def infer(self, observation: PolicyObservation, request: InferenceRequest | None = None) -> PolicyOutput:
-        observation = self.instructed(observation)
-        self.plain = None if self.config.weight == 1 else self.conditioned(None).inputs(observation)[0]
-        return super(Pi05Policy, self).infer(observation, request)
+    def weighed(self) -> Weighed:
+        """The network that guidance by the advantage makes of this one."""
+        return Weighed(self.network, self.config.weight)
 
     def run(
         self, inputs: ModelInputs, noise: np.ndarray, prefix: ChunkPrefix | None, timings: dict[str, float]
@@ -118,19 +131,13 @@ class Pi06Policy(Pi05Policy):
         if self.plain is None:
             return super().run(inputs, noise, prefix, timings)
         start = time.perf_counter()
-        told, plain = self.tensors(inputs), self.tensors(self.plain)
+        network = self.weighed()
         with torch.no_grad():
-            pair = Inputs(tuple(torch.cat([i, i]) for i in told.images), torch.cat([told.tokens, plain.tokens]),
-                          *(torch.cat([value, value]) for value in told[2:]))  # fmt: skip
-            velocity = velocity_of(self.network, self.network.encode(pair))
+            context = network.encode(self.tensors(inputs), self.tensors(self.plain).tokens)
             encoded = time.perf_counter()
-
-            def guided(x: Tensor, tau: float | Tensor) -> Tensor:
-                times = torch.cat([tau, tau]) if isinstance(tau, Tensor) else tau
-                with_it, without = velocity(torch.cat([x, x]), times).chunk(2)
-                return without + self.config.weight * (with_it - without)
-
-            sample = sample_flow(guided, torch.from_numpy(noise).to(self.device), self.steps, guidance_of(prefix))
+            noisy = torch.from_numpy(noise).to(self.device)
+            velocity = velocity_of(network, context)
+            sample = sample_flow(velocity, noisy, self.steps, guidance_of(prefix), self.spec.shift)
         actions = sample.float().cpu().numpy()
         timings["encode"] = encoded - start
         timings["sample"] = time.perf_counter() - encoded

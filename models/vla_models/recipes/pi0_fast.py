@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics, arms_of
+from vla_models.lerobot import STATISTICS, LeRobotConfig
 from vla_models.normalization import Normalizer
 from vla_models.parts.mixture import Mixture
-from vla_models.parts.paligemma import Embedder, PaliGemmaConfig, paligemma_rules, paligemma_sizes
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles, find_checkpoint, translate
+from vla_models.parts.paligemma import Embedder, PaliGemmaConfig, lerobot_spec, paligemma_rules, paligemma_sizes
+from vla_models.policy import CheckpointError, PolicyError, PolicySpec
+from vla_models.published import Rule, TensorFiles, find_checkpoint, own_shapes, require
 from vla_models.token_policy import FastPolicy, TokenNetwork
 from vla_models.tokenizer import FileTokenizer, TokenizerError
 from vla_models.tokenizers import FastAnswer, FastTokenizer
@@ -96,7 +96,6 @@ class Pi0FastNetwork(TokenNetwork):
 
 THEIRS = r"(?:model\.)?paligemma_with_expert\.paligemma\."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-IMAGES = "observation.images."
 
 
 class Pi0FastPolicy(FastPolicy):
@@ -134,10 +133,12 @@ class Pi0FastPolicy(FastPolicy):
     ) -> tuple[PolicySpec, Pi0FastConfig, dict[str, Normalizer]]:
         """A checkpoint of LeRobot's pi0_fast.
 
-        Beside it must lie PaliGemma's tokenizer.json; the FAST tokeniser is the folder `fast` beside it, or the one
-        that config.json names (a folder or a hub name). All cameras but the first may be missing.
+        The FAST tokeniser is the folder `fast` beside it, or the one that config.json names (a folder or a hub name);
+        for the rest see lerobot_spec.
         """
-        spec, normalizers = _specification(cls, folder, config, files)
+        robot = LeRobotConfig(folder, config, files, bare=True)
+        require(robot.where, config, {"use_relative_actions": False})
+        spec = lerobot_spec(cls, robot, config, temperature=float(config["temperature"]))
         base = next((name.removesuffix(HEAD) for name in files.shapes if name.endswith(HEAD)), "")
         if base and base + EMBEDDING not in files.shapes:  # saved once for the two
             files.alias(base + EMBEDDING, base + HEAD)
@@ -146,47 +147,19 @@ class Pi0FastPolicy(FastPolicy):
         try:
             fast = FastTokenizer.load(beside if beside.exists() else find_checkpoint(config["action_tokenizer_name"]))
             answer = {"fast": fast.to_dict(), **_words(folder)}
-        except (TokenizerError, KeyError) as error:
+        except TokenizerError as error:
             raise CheckpointError(f"{folder}: the FAST tokeniser: {error}") from error
-        more = {"skip": int(config["fast_skip_tokens"]), "length": int(config["max_decoding_steps"]), "tied": tied}
-        sizes = _sizes(files, cls.published)
-        return spec, Pi0FastConfig(**sizes, **answer, **more, free=True, start_seen=True), normalizers
-
-
-def _specification(
-    kind: type[Pi0FastPolicy], folder: Path, config: Mapping[str, Any], files: TensorFiles
-) -> tuple[PolicySpec, dict[str, Normalizer]]:
-    """What LeRobot's config.json says of cameras, numbers and horizon. Raises CheckpointError.
-
-    14 numbers are ALOHA's two arms, N others one arm of N - 1 joints and a gripper. A base model has no statistics;
-    then numbers are not normalised. The period is not published; pi0's is 0.02 s.
-    """
-    where = folder / "config.json"
-    try:
-        features = {name: list(value["shape"]) for name, value in config["input_features"].items()}
-        numbers = int(config["output_features"]["action"]["shape"][0])
-        state = int(features.pop("observation.state")[0])
-        size = tuple(int(side) for side in config["image_resolution"])
-        modes = dict(config["normalization_mapping"])
-        contract = dict(kind.contract) | {
-            "horizon": int(config["chunk_size"]), "context": int(config["tokenizer_max_length"]), "period": 0.02,
-            "temperature": float(config["temperature"]), "tokenizer": "tokenizer.json",
-        }  # fmt: skip
-        needed = {name: config[name] for name in ("fast_skip_tokens", "max_decoding_steps", "action_tokenizer_name")}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where}: expected the settings of LeRobot's pi0_fast, found {error!r}") from error
-    cameras = {name.removeprefix(IMAGES): size for name in features if name.startswith(IMAGES)}
-    if len(cameras) < len(features) or not cameras or state != numbers or not all(needed.values()):
-        raise CheckpointError(
-            f"{where}: expected images, as many numbers in observation.state as in action ({numbers}), and settings of "
-            f"the answer, found {sorted(features)}, {state} and {needed}"
+        shapes = own_shapes(files, cls.published)
+        network = Pi0FastConfig(
+            **paligemma_sizes({name.removeprefix("vlm."): shape for name, shape in shapes.items()}),
+            **answer,
+            skip=int(config["fast_skip_tokens"]),
+            length=int(config["max_decoding_steps"]),
+            tied=tied,
+            free=True,
+            start_seen=True,
         )
-    if config.get("use_relative_actions"):
-        raise CheckpointError(f"{where}: use_relative_actions: expected false, found true")
-    statistics = Statistics(folder, files)
-    normalizers = statistics.normalizers(modes, numbers, numbers, bare=True)
-    arms = arms_of(numbers)
-    return example_spec(kind.name(), arms, cameras, **contract, optional=tuple(cameras)[1:]), normalizers
+        return spec, network, robot.normalizers()
 
 
 def _words(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -197,12 +170,3 @@ def _words(folder: Path) -> dict[str, tuple[int, ...]]:
     if begin is None or stop is None or len(bar) != 1:
         raise TokenizerError(f"{folder / 'tokenizer.json'}: expected PaliGemma's, found one without <bos>, <eos> or |")
     return {"lead": lead, "end": (*bar, stop), "start": begin}
-
-
-def _sizes(files: TensorFiles, rules: tuple[Rule, ...]) -> dict[str, int]:
-    """The fields of PaliGemmaConfig that the shapes tell. Raises CheckpointError for a tensor that is missing."""
-    try:
-        ours, _ = translate(files.shapes, rules)
-        return paligemma_sizes({n.removeprefix("vlm."): files.shapes[of[0][0]] for n, of in ours.items()})
-    except (CheckpointError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{files.path}: expected the tensors of PaliGemma, found {error}") from error

@@ -16,7 +16,6 @@ deviation, not by the root mean square as later versions do. In training each co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +23,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 from vla_core.actions import ActionSpace
 
 from vla_models import identity_normalizers
 from vla_models.denoising_policy import DenoisingPolicy, denoising_loss, draw_noise
 from vla_models.diffusion import Diffusion
 from vla_models.normalization import Normalizer
-from vla_models.parts.attention import attend, split_heads
+from vla_models.parts.attention import attend, mlp, split_heads, waves
 from vla_models.parts.flow import pad_last
-from vla_models.parts.text_encoder import T5_XXL, T5Size, TextEncoder, t5_size
+from vla_models.parts.siglip import siglip, siglip_sizes, square_side
+from vla_models.parts.text_encoder import T5_XXL, T5Size, TextEncoder, t5_rules, t5_size
 from vla_models.parts.unified import SIZE, Unified, unified_places
 from vla_models.parts.window import real_steps, with_window
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles, find_checkpoint, read_config
+from vla_models.policy import PolicyError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles, find_checkpoint, own_shapes, read_config, require
 from vla_models.torch_policy import Batch, Inputs, Preset
 
 #: What a camera shows that is not there: SigLIP's mean, as a pixel.
@@ -71,9 +70,6 @@ class RdtConfig:
     patch: int = 14
     steps: int = 1000
     hide: float = 0.1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", T5Size.of(self.text))
 
 
 class DeviationNorm(nn.Module):
@@ -117,7 +113,7 @@ class RdtBlock(nn.Module):
         self.norms = nn.ModuleList(DeviationNorm(config.width) for _ in range(3))
         self.attention = NormedAttention(config.width, config.heads)
         self.cross = NormedAttention(config.width, config.heads)
-        self.mlp = _mlp(config.width, config.width, config.width)
+        self.mlp = mlp(config.width, config.width, config.width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         h = self.norms[0](x)
@@ -134,29 +130,18 @@ class RdtNetwork(nn.Module):
 
     def __init__(self, spec: PolicySpec, config: RdtConfig):
         super().__init__()
-        shapes, width = set(spec.cameras.values()), config.width
-        if len(shapes) != 1 or any(h != w or h < config.patch for h, w in shapes):
-            raise PolicyError(
-                f"policy {spec.name}: cameras: expected square images of one size, found {dict(spec.cameras)}"
-            )
+        side, width = square_side(spec), config.width
         if spec.context > config.context:
             raise PolicyError(f"policy {spec.name}: context: expected at most {config.context}, found {spec.context}")
-        ((side, _),) = shapes
         self.config, self.rate = config, 1 / spec.period
         self.diffusion = Diffusion(config.steps, "squaredcos_cap_v2", "sample", "dpmsolver++", clip=0.0)
         self.state_space = Unified(unified_places(spec, "state"))
         self.action_space = Unified(unified_places(spec, "action"))
         self.text = TextEncoder(config.text, spec.padding)
-        self.vision = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=config.vision_width, intermediate_size=config.vision_mlp,
-                num_hidden_layers=config.vision_layers, num_attention_heads=config.vision_heads,
-                patch_size=config.patch, image_size=side, vision_use_head=False, attn_implementation="eager",
-            )
-        ).requires_grad_(False)  # fmt: skip
-        self.language_in = _mlp(config.text.width, width, width)
-        self.image_in = _mlp(config.vision_width, width, width)
-        self.state_in = _mlp(2 * SIZE, width, width, width)
+        self.vision = siglip(config, side).requires_grad_(False)
+        self.language_in = mlp(config.text.width, width, width)
+        self.image_in = mlp(config.vision_width, width, width)
+        self.state_in = mlp(2 * SIZE, width, width, width)
         self.time, self.frequency = (
             nn.Sequential(nn.Linear(config.frequencies, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(2)
         )
@@ -171,7 +156,7 @@ class RdtNetwork(nn.Module):
         )
         self.blocks = nn.ModuleList(RdtBlock(config) for _ in range(config.layers))
         self.norm = DeviationNorm(width)
-        self.out = _mlp(width, width, SIZE)
+        self.out = mlp(width, width, SIZE)
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 
@@ -200,7 +185,7 @@ class RdtNetwork(nn.Module):
         language = self.language_in(self.text(tokens)) + self.language_places[: tokens.shape[1]]
         memories = [torch.cat([block.cross.memory(condition) for block in self.blocks[turn::2]], 1)
                     for turn, condition in enumerate((language, images))]  # fmt: skip
-        robot = [self.frequency(_waves(rate, self.config.frequencies)), self.state_in(torch.cat([state, mask], -1))]
+        robot = [self.frequency(waves(rate, self.config.frequencies)), self.state_in(torch.cat([state, mask], -1))]
         return (*memories, (~self.text.inside(tokens)).to(state), torch.stack(robot, 1))
 
     def denoise(self, context: tuple[Tensor, ...], x: Tensor, t: Tensor) -> Tensor:
@@ -209,7 +194,7 @@ class RdtNetwork(nn.Module):
         unread = unread > 0.5
         noisy = self.action_space.of_wide(x)
         actions = self.state_in(torch.cat([noisy, self.action_space.mask.expand_as(noisy)], -1))
-        time = self.time(_waves(t, self.config.frequencies)).unsqueeze(1)
+        time = self.time(waves(t, self.config.frequencies)).unsqueeze(1)
         h = torch.cat([time, robot, actions], 1) + self.places
         for i, block in enumerate(self.blocks):
             turn, k = i % 2, i // 2
@@ -238,7 +223,6 @@ class RdtNetwork(nn.Module):
 
 #: model.* and the adaptors as published; text.* and vision.* are those of transformers, put before them by the reader.
 BLOCK = r"model\.blocks\.(\d+)\."
-UNUSED = "the encoder alone reads"
 RULES = (
     Rule(r"model\.x_pos_embed", "places", change=lambda x: x.squeeze(0)),
     Rule(r"model\.lang_cond_pos_embed", "language_places", change=lambda x: x.squeeze(0)),
@@ -258,14 +242,20 @@ RULES = (
     Rule(r"lang_adaptor\.(.+)", r"language_in.\1"),
     Rule(r"img_adaptor\.(.+)", r"image_in.\1"),
     Rule(r"state_adaptor\.(.+)", r"state_in.\1"),
-    Rule(r"text\.(?:shared|encoder\.embed_tokens)\.weight", "text.stack.embed_tokens.weight"),
-    Rule(r"text\.encoder\.(.+)", r"text.stack.\1"),
-    Rule(r"text\.(?:decoder\..+|lm_head\.weight)", None, UNUSED),
+    *t5_rules(r"text\."),
     Rule(r"vision\.vision_model\.head\..+", None, "SigLIP's patches are read, not its pooled vector"),
     Rule(r"vision\.vision_model\.embeddings\.position_ids", None, "computed"),
     Rule(r"vision\.vision_model\.(.+)", r"vision.\1"),
     Rule(r"vision\.(?:text_model\..+|logit_scale|logit_bias)", None, "SigLIP's text tower: T5 reads the instruction"),
 )  # fmt: skip
+
+
+#: Settings of the public code of which only these values are known here.
+KNOWN = {
+    "action_dim": SIZE, "state_token_dim": SIZE, "cameras": 3, "lang_adaptor": "mlp2x_gelu",
+    "img_adaptor": "mlp2x_gelu", "state_adaptor": "mlp3x_gelu", "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "sample",
+}  # fmt: skip
 
 
 class RdtPolicy(DenoisingPolicy):
@@ -276,16 +266,9 @@ class RdtPolicy(DenoisingPolicy):
     #: its pooling head; the encoder of T5-XXL.
     parameters = 1.228e9 + 0.413e9 + 4.762e9
     contract = {
-        "steps": 5,
-        "history": 2,
-        "horizon": 64,
-        "period": 0.04,
-        "fit": "pad",
-        "tokenizer": "bytes",
-        "context": 64,
-        "guidance": ("guided", "prefix"),
-        "prefix_limit": 16,
-    }
+        "steps": 5, "history": 2, "horizon": 64, "period": 0.04, "fit": "pad", "tokenizer": "bytes", "context": 64,
+        "guidance": ("guided", "prefix"), "prefix_limit": 16,
+    }  # fmt: skip
     training = {"state": "joint", "kind": "joint", "reference": "absolute", "horizon": 64, "period": 0.04, "lr": 1e-4,
                 "warmup": 500, "decay": 1e-2, "clip": 1.0}  # fmt: skip
     published = RULES
@@ -296,7 +279,7 @@ class RdtPolicy(DenoisingPolicy):
         "small": Preset(RdtConfig(width=1024, layers=14), _aloha),
         "tiny": Preset(
             RdtConfig(
-                width=32, layers=2, heads=2, frequencies=16, context=64, text=T5Size(259, 16, 1, 2, 8, 32, gated=True),
+                width=32, layers=2, heads=2, frequencies=16, context=64, text=T5Size(259, 16, 1, 2, 8, 32, "t5-v1.1"),
                 vision_width=16, vision_mlp=32, vision_layers=1, vision_heads=2, patch=16, steps=100,
             ),
             {"cameras": {"scene": (32, 32), "wrist": (32, 32)}, "optional": ("wrist",), "horizon": 8, "context": 32,
@@ -315,65 +298,36 @@ class RdtPolicy(DenoisingPolicy):
         two arms with joint targets, 25 Hz; config.json may say other `arms` (arm -> joints), `state` ("joint" or
         "pose", for the actions too) and `ctrl_freq`.
         """
-        where = folder / "config.json"
         homes = {}
         for name, public in ENCODERS.items():
             homes[name] = folder / public if (folder / public).is_dir() else find_checkpoint(f"google/{public}")
             files.join(f"{name}.", homes[name])
-        try:
-            image = next(sizes for kind, sizes in config["img_pos_embed_config"] if kind == "image")
-            vision = read_config(homes["vision"])
-            vision = vision.get("vision_config", vision)
-            model, noise = config["config"], config["config"]["noise_scheduler"]
-            known = {
-                "action_dim": (config["action_dim"], SIZE),
-                "state_token_dim": (config["state_token_dim"], SIZE),
-                "cameras": (image[1], len(cls._cameras)),
-                "patches": (-image[2], (vision["image_size"] // vision["patch_size"]) ** 2),
-                "adaptors": ([model[f"{name}_adaptor"] for name in ("lang", "img", "state")],
-                             ["mlp2x_gelu", "mlp2x_gelu", "mlp3x_gelu"]),
-                "beta_schedule": (noise["beta_schedule"], "squaredcos_cap_v2"),
-                "prediction_type": (noise["prediction_type"], "sample"),
-            }  # fmt: skip
-            network = RdtConfig(
-                width=model["rdt"]["hidden_size"], layers=model["rdt"]["depth"], heads=model["rdt"]["num_heads"],
-                context=config["max_lang_cond_len"], text=t5_size(files.shapes, "text."),
-                vision_width=vision["hidden_size"], vision_mlp=vision["intermediate_size"],
-                vision_layers=vision["num_hidden_layers"], vision_heads=vision["num_attention_heads"],
-                patch=vision["patch_size"], steps=noise["num_train_timesteps"],
-                frequencies=files.shapes["model.t_embedder.mlp.0.weight"][1],
-            )  # fmt: skip
-            arms = dict(config.get("arms", cls._aloha["arms"]))
-            kind, period = config.get("state", "joint"), 1 / config.get("ctrl_freq", 25)
-            contract = {**cls.contract, "horizon": config["pred_horizon"], "history": image[0], "period": period,
-                        "steps": noise["num_inference_timesteps"], "context": min(128, network.context),
-                        "tokenizer": str((homes["text"] / "tokenizer.json").resolve())}  # fmt: skip
-            side = vision["image_size"]
-        except (KeyError, TypeError, IndexError, AttributeError, StopIteration, ValueError) as error:
-            raise CheckpointError(f"{where}: expected settings and tensors of RDT, found no {error}") from error
-        if bad := {name: value for name, (value, wanted) in known.items() if value != wanted}:
-            raise CheckpointError(f"{where}: expected { ({name: known[name][1] for name in bad}) }, found {bad}")
-        if kind == "pose":
-            contract |= {"state": "pose", "action_space": ActionSpace(tuple(arms), "pose", rotation="rot6d")}
+        image = next(sizes for kind, sizes in config["img_pos_embed_config"] if kind == "image")
+        vision = read_config(homes["vision"])
+        vision = vision.get("vision_config", vision)
+        model, noise, side = config["config"], config["config"]["noise_scheduler"], vision["image_size"]
+        found = {**config, **model, **noise, "cameras": image[1], "patches": -image[2]}
+        known = KNOWN | {"patches": (side // vision["patch_size"]) ** 2}
+        require(folder / "config.json", {name: found[name] for name in known}, known)
+        shapes = own_shapes(files, cls.published)
+        network = RdtConfig(
+            width=model["rdt"]["hidden_size"], layers=model["rdt"]["depth"], heads=model["rdt"]["num_heads"],
+            context=config["max_lang_cond_len"], text=t5_size(shapes), steps=noise["num_train_timesteps"],
+            frequencies=shapes["time.0.weight"][1], **siglip_sizes(shapes, "vision", vision["num_attention_heads"]),
+        )  # fmt: skip
+        arms = dict(config.get("arms", cls._aloha["arms"]))
         cameras = dict.fromkeys(cls._cameras, (side, side))
-        spec = example_spec(cls.name(), arms, cameras, optional=tuple(cameras), **contract)
+        contract = cls.contract | {
+            "horizon": config["pred_horizon"], "history": image[0], "period": 1 / config.get("ctrl_freq", 25),
+            "steps": noise["num_inference_timesteps"], "context": min(128, network.context),
+            "tokenizer": str((homes["text"] / "tokenizer.json").resolve()), "optional": tuple(cameras),
+        }  # fmt: skip
+        if config.get("state", "joint") == "pose":
+            contract |= {"state": "pose", "action_space": ActionSpace(tuple(arms), "pose", rotation="rot6d")}
+        spec = example_spec(cls.name(), arms, cameras, **contract)
         return spec, network, identity_normalizers(spec)
 
 
-def _mlp(*widths: int) -> nn.Sequential:
-    """Linear layers between `widths`, with GELU (tanh form) in between."""
-    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    parts = [part for layer in layers for part in (layer, nn.GELU("tanh"))]
-    return nn.Sequential(*parts[:-1])
-
-
-def _waves(values: Tensor, features: int) -> Tensor:
-    """(B,) -> (B, features): cosines, then sines, of wavelengths from 2 pi to 2 pi 10^4."""
-    steps = torch.arange(features // 2, dtype=torch.float32, device=values.device) / (features // 2)
-    angles = values.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * steps)
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
 def _sinusoids(index: Tensor, features: int) -> Tensor:
-    """(N,) -> (N, features): sines, then cosines, as `_waves`."""
-    return _waves(index, features).roll(features // 2, -1)
+    """(N,) -> (N, features): sines, then cosines, as `waves`."""
+    return waves(index, features).roll(features // 2, -1)

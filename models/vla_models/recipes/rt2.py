@@ -35,7 +35,8 @@ from vla_models.parts.language_model import (
 )
 from vla_models.policy import PolicySpec
 from vla_models.preprocess import image_tensor, resize_image
-from vla_models.token_policy import TokenNetwork, TokenPolicy, stack, text_tokens
+from vla_models.token_policy import TokenNetwork, TokenPolicy, stack
+from vla_models.tokenizer import text_tokens
 from vla_models.tokenizers import BinTokenizer, WordAnswer
 from vla_models.torch_policy import Batch, Inputs, Preset
 

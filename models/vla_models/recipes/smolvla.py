@@ -22,17 +22,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vla_models.lerobot import STATISTICS, Statistics, arms_of
+from vla_models.lerobot import STATISTICS, LeRobotConfig
 from vla_models.normalization import Normalizer
-from vla_models.parts.attention import sinusoids
-from vla_models.parts.flow import draw_flow, matching_loss, pad_last
-from vla_models.parts.mixture import ExpertConfig, Mixture, MixtureConfig, block_mask, text_mask
-from vla_models.parts.paligemma import layer_rules
-from vla_models.policy import CheckpointError, PolicyError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles, find_checkpoint
-from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset
+from vla_models.parts.flow import FlowMatching, check_numbers, pad_last, time_features
+from vla_models.parts.mixture import (
+    ExpertConfig,
+    Mixture,
+    MixtureConfig,
+    block_mask,
+    layer_rules,
+    layer_sizes,
+    text_mask,
+)
+from vla_models.parts.siglip import see, siglip, siglip_sizes, square_side
+from vla_models.policy import CheckpointError, PolicySpec, example_spec
+from vla_models.published import Rule, TensorFiles, find_checkpoint, own_shapes, require
+from vla_models.torch_policy import FlowPolicy, Inputs, Preset
 
 #: Heads of the published VLMs, which shapes of tensors do not tell: of the tower and of the decoder (64 numbers each).
 BACKBONES = {
@@ -80,36 +86,15 @@ class SmolVlaConfig:
     prefix_share: float = 0.5
 
 
-class SmolVlaNetwork(nn.Module):
+class SmolVlaNetwork(FlowMatching, nn.Module):
     """The network of the recipe "smolvla". Raises PolicyError for cameras, states and actions that do not fit."""
 
     def __init__(self, spec: PolicySpec, config: SmolVlaConfig):
         super().__init__()
         self.config, self.width, self.padding = config, config.action_width, spec.padding
         self.prefix_limit = spec.prefix_limit
-        step, sizes = config.patch * config.shuffle, set(spec.cameras.values())
-        if len(sizes) != 1 or any(h != w or h % step for h, w in sizes):
-            raise PolicyError(
-                f"policy {spec.name}: cameras: expected square images of one size, a multiple of {step} pixels, found "
-                f"{dict(spec.cameras)}"
-            )
-        if spec.state_dim > config.state_width or spec.action_dim > config.action_width:
-            raise PolicyError(
-                f"policy {spec.name}: expected at most {config.state_width} numbers of state and "
-                f"{config.action_width} of action, found {spec.state_dim} and {spec.action_dim}"
-            )
-        self.vision = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=config.vision_width,
-                intermediate_size=config.vision_mlp,
-                num_hidden_layers=config.vision_layers,
-                num_attention_heads=config.vision_heads,
-                patch_size=config.patch,
-                image_size=next(iter(sizes))[0],
-                vision_use_head=False,
-                attn_implementation="eager",
-            )
-        )
+        check_numbers(spec, config.state_width, config.action_width)
+        self.vision = siglip(config, square_side(spec, config.patch * config.shuffle))
         width, expert = config.width, config.expert_width
         self.connector = nn.Linear(config.vision_width * config.shuffle**2, width, bias=False)
         self.embedding = nn.Embedding(config.vocabulary, width)
@@ -160,20 +145,12 @@ class SmolVlaNetwork(nn.Module):
 
         The prefix is [images, text][state]: images and text do not see the state.
         """
-        count, cameras = inputs.present.shape
-        pictures = self.images(torch.cat(inputs.images)).unflatten(0, (cameras, count)).transpose(0, 1)
-        words = self.embedding(inputs.tokens)
-        state = self.state_in(pad_last(inputs.state, self.config.state_width)).unsqueeze(1)
+        pictures, present = see(self.images, inputs)
+        words, state = self.embedding(inputs.tokens), pad_last(inputs.state, self.config.state_width)
         root = self.config.width**0.5
-        prefix = torch.cat([root * pictures.flatten(1, 2), root * words, state], 1)
-        valid = torch.cat(
-            [
-                inputs.present.unsqueeze(-1).expand(-1, -1, pictures.shape[2]).flatten(1),
-                text_mask(inputs.tokens, self.padding),
-                torch.ones_like(inputs.present[:, :1]),
-            ],
-            1,
-        )
+        prefix = torch.cat([root * pictures, root * words, self.state_in(state).unsqueeze(1)], 1)
+        there = torch.ones_like(present[:, :1])
+        valid = torch.cat([present, text_mask(inputs.tokens, self.padding), there], 1)
         blocks = (torch.arange(prefix.shape[1], device=prefix.device) == prefix.shape[1] - 1).long()
         mask = block_mask(blocks, blocks, valid)
         _, cache = self.mixture.prefill([prefix, None], valid.long().cumsum(1) - 1, mask, hidden=False)
@@ -182,26 +159,12 @@ class SmolVlaNetwork(nn.Module):
     def velocity(self, context: tuple[Tensor, Tensor], x: Tensor, tau: Tensor) -> Tensor:
         """Velocity (B, H, W) of the noisy actions x (B, H, W) at flow time tau (B, 1) or (B, H)."""
         cache, valid = context
-        actions = self.action_in(x)
-        # Wavelengths of 4 ms to 4 s of pi0's time, which runs from 1 (noise) to 0.
-        time = sinusoids((1 - tau) / 4e-3, actions.shape[-1], 1e3).expand_as(actions)
-        h = self.time_out(nn.functional.silu(self.time_in(torch.cat([actions, time], -1))))
+        h = self.timed(self.action_in(x), time_features(tau, self.config.expert_width))
         steps = torch.arange(x.shape[1], device=x.device)
         causal = (steps <= steps.unsqueeze(1)).expand(len(x), -1, -1)
         mask = torch.cat([valid.unsqueeze(1).expand(-1, x.shape[1], -1), causal], 2)
         positions = valid.long().sum(1, keepdim=True) + steps
         return -self.action_out(self.mixture([None, h], positions, mask, cache)[1])  # pi0's velocity is noise - data
-
-    def flow_loss(
-        self, context: tuple[Tensor, Tensor], actions: Tensor, noise: Tensor, tau: Tensor, keep: Tensor | None = None
-    ) -> Tensor:
-        """Flow-matching loss for given noise and flow times; see parts.flow.matching_loss."""
-        return matching_loss(self.velocity, context, actions, noise, tau, keep)
-
-    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Flow-matching loss over the actions inside the episode that are not given as a prefix."""
-        draw = draw_flow(batch, self.width, generator, self.prefix_limit, self.config.prefix_share)
-        return {"loss": self.flow_loss(self.encode(batch.inputs), batch.actions, *draw)}
 
 
 VLM = r"model\.vlm_with_expert\.vlm\."
@@ -213,23 +176,14 @@ class SmolVlaPolicy(FlowPolicy):
     Config, Network = SmolVlaConfig, SmolVlaNetwork
     parameters = 450.0e6
     contract = {
-        "steps": 10,
-        "guidance": ("guided", "prefix"),
-        "prefix_limit": 10,
-        "horizon": 50,
-        "period": 1 / 30,
-        "context": 48,
-        "prompt": "{task}\n",
-        "fit": "pad_corner",
-    }
+        "steps": 10, "guidance": ("guided", "prefix"), "prefix_limit": 10, "horizon": 50, "period": 1 / 30,
+        "context": 48, "prompt": "{task}\n", "fit": "pad_corner",
+    }  # fmt: skip
     presets = {
         "paper": Preset(
             SmolVlaConfig(),
-            {
-                "cameras": dict.fromkeys(("top", "wrist", "side"), (512, 512)),
-                "optional": ("wrist", "side"),
-                "tokenizer": "bytes",
-            },
+            {"cameras": dict.fromkeys(("top", "wrist", "side"), (512, 512)), "optional": ("wrist", "side"),
+             "tokenizer": "bytes"},
         ),
         "tiny": Preset(
             SmolVlaConfig(
@@ -237,13 +191,8 @@ class SmolVlaPolicy(FlowPolicy):
                 expert_mlp=48, vision_width=24, vision_mlp=32, vision_layers=1, vision_heads=2, patch=8, shuffle=2,
                 state_width=16, action_width=16, freeze=False,
             ),
-            {
-                "cameras": {"scene": (32, 32), "wrist": (32, 32)},
-                "optional": ("wrist",),
-                "horizon": 8,
-                "prefix_limit": 4,
-                "tokenizer": "bytes",
-            },
+            {"cameras": {"scene": (32, 32), "wrist": (32, 32)}, "optional": ("wrist",), "horizon": 8,
+             "prefix_limit": 4, "tokenizer": "bytes"},
         ),
     }  # fmt: skip
     training = {
@@ -267,81 +216,38 @@ class SmolVlaPolicy(FlowPolicy):
     def read_published(
         cls, folder: Path, config: Mapping[str, Any], files: TensorFiles
     ) -> tuple[PolicySpec, SmolVlaConfig, dict[str, Normalizer]]:
-        """LeRobot's SmolVLA. The sizes are those of the tensors; a model without statistics is not normalised.
-
-        6 numbers are an arm of five joints and a gripper, 14 two of six. The tokenizer.json of the VLM is taken from
-        the folder, or else from the hub.
-        """
-        where = folder / "config.json"
-        for name, needed in LEROBOT.items():
-            if config.get(name, needed) != needed:
-                raise CheckpointError(f"{where}: {name}: expected {needed!r}, found {config[name]!r}")
-        try:
-            features = {name: tuple(value["shape"]) for name, value in config["input_features"].items()}
-            state, dim = features["observation.state"][0], config["output_features"]["action"]["shape"][0]
-            cameras = [
-                name.removeprefix("observation.").removeprefix("images.")
-                for name in features
-                if name.startswith("observation.image") and "empty_camera" not in name
-            ]
-            side = config["resize_imgs_with_padding"]
-            fields = {"horizon": config["chunk_size"], "context": config["tokenizer_max_length"]}
-            steps, modes, backbone = config["num_steps"], config["normalization_mapping"], config["vlm_model_name"]
-            self_every = config["self_attn_every_n_layers"]
-        except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{where}: expected settings of LeRobot's SmolVLA, found no {error}") from error
-        if not cameras or state != dim or not side:
-            raise CheckpointError(
-                f"{where}: expected images, as many numbers in observation.state as in action ({dim}) and a size in "
-                f"resize_imgs_with_padding, found {cameras}, {state} and {side}"
-            )
-        statistics = Statistics(folder, files)
-        normalizers = statistics.normalizers(modes, dim, dim, bare=True)
+        """LeRobot's SmolVLA. The tokenizer.json of the VLM is taken from the folder, or else from the hub."""
+        where, backbone = folder / "config.json", config["vlm_model_name"]
+        require(where, config, LEROBOT)
+        if backbone not in BACKBONES:
+            raise CheckpointError(f"{where}: vlm_model_name: expected one of {sorted(BACKBONES)}, found {backbone!r}")
+        robot = LeRobotConfig(folder, config, files, bare=True)
+        width, height = config["resize_imgs_with_padding"]
+        cameras = dict.fromkeys(robot.cameras, (height, width))
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file():
             tokenizer = find_checkpoint(backbone, ("tokenizer.json",)) / "tokenizer.json"
-        contract = cls.contract | fields | {
-            "steps": steps, "guidance": ("guided",), "prefix_limit": 0, "padding": PADDING, "optional": cameras[1:],
+        contract = cls.contract | {
+            "steps": config["num_steps"], "horizon": config["chunk_size"], "context": config["tokenizer_max_length"],
+            "guidance": ("guided",), "prefix_limit": 0, "padding": PADDING, "optional": tuple(cameras)[1:],
             "tokenizer": tokenizer.name if tokenizer.parent == folder else str(tokenizer),
         }  # fmt: skip
-        arms = arms_of(dim)
-        spec = example_spec(cls.name(), arms, dict.fromkeys(cameras, tuple(side[::-1])), **contract)
-        return spec, _sizes(files, backbone, self_every), normalizers
+        sizes = sizes_of(own_shapes(files, cls.published), **BACKBONES[backbone])
+        network = SmolVlaConfig(**sizes, self_every=config["self_attn_every_n_layers"])
+        return example_spec(cls.name(), robot.arms, cameras, **contract), network, robot.normalizers()
 
 
-def _sizes(files: TensorFiles, backbone: str, self_every: int) -> SmolVlaConfig:
-    """What the shapes of LeRobot's tensors and the VLM's name tell."""
-    if backbone not in BACKBONES:
-        raise CheckpointError(f"{files.path}: vlm_model_name: expected one of {sorted(BACKBONES)}, found {backbone!r}")
-    heads, shapes, root = BACKBONES[backbone], files.shapes, "model.vlm_with_expert."
-    tower, text, expert = f"{root}vlm.model.vision_model.", f"{root}vlm.model.text_model.", f"{root}lm_expert."
-
-    def layers(prefix: str) -> int:
-        return 1 + max(int(name[len(prefix) :].partition(".")[0]) for name in shapes if name.startswith(prefix))
-
-    try:
-        queries, width = shapes[f"{text}layers.0.self_attn.q_proj.weight"]
-        vision_width, _, patch, _ = shapes[f"{tower}embeddings.patch_embedding.weight"]
-        together = shapes[f"{root}vlm.model.connector.modality_projection.proj.weight"][1]
-        return SmolVlaConfig(
-            width=width,
-            mlp=shapes[f"{text}layers.0.mlp.gate_proj.weight"][0],
-            heads=queries // heads["head_dim"],
-            kv_heads=shapes[f"{text}layers.0.self_attn.k_proj.weight"][0] // heads["head_dim"],
-            head_dim=heads["head_dim"],
-            layers=layers(f"{text}layers."),
-            vocabulary=shapes[f"{text}embed_tokens.weight"][0],
-            expert_width=shapes[f"{expert}norm.weight"][0],
-            expert_mlp=shapes[f"{expert}layers.0.mlp.gate_proj.weight"][0],
-            self_every=self_every,
-            vision_width=vision_width,
-            vision_mlp=shapes[f"{tower}encoder.layers.0.mlp.fc1.weight"][0],
-            vision_layers=layers(f"{tower}encoder.layers."),
-            vision_heads=heads["vision_heads"],
-            patch=patch,
-            shuffle=math.isqrt(together // vision_width),
-            state_width=shapes["model.state_proj.weight"][1],
-            action_width=shapes["model.action_in_proj.weight"][1],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{files.path}: tensors missing, first {error}") from error
+def sizes_of(shapes: Mapping[str, tuple[int, ...]], vision_heads: int, head_dim: int) -> dict[str, int]:
+    """The fields of SmolVlaConfig that the tensors' shapes, under our names, tell; see BACKBONES for the rest."""
+    tower = siglip_sizes(shapes, "vision", vision_heads)
+    heads = shapes["mixture.experts.0.layers.0.query.weight"][0] // head_dim
+    return {
+        **tower,
+        **layer_sizes(shapes, "mixture.experts.0", heads),
+        "vocabulary": shapes["embedding.weight"][0],
+        "expert_width": shapes["mixture.experts.1.norm.weight"][0],
+        "expert_mlp": shapes["mixture.experts.1.layers.0.mlp.gate.weight"][0],
+        "shuffle": math.isqrt(shapes["connector.weight"][1] // tower["vision_width"]),
+        "state_width": shapes["state_in.weight"][1],
+        "action_width": shapes["action_in.weight"][1],
+    }

@@ -22,17 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vla_models.lerobot import STATISTICS, Statistics, arms_of
+from vla_models.lerobot import LeRobotConfig
 from vla_models.normalization import Normalizer
 from vla_models.parts.attention import sinusoids
-from vla_models.parts.flow import draw_flow, matching_loss
-from vla_models.parts.paligemma import layer_rules
+from vla_models.parts.flow import FlowMatching
 from vla_models.parts.qwen_vision import QwenVisionConfig
-from vla_models.parts.qwen_vl import QwenVl, QwenVlConfig
-from vla_models.policy import CheckpointError, PolicySpec, example_spec
-from vla_models.published import Rule, TensorFiles, find_checkpoint, read_config
-from vla_models.tokenizer import FileTokenizer, TokenizerError
-from vla_models.torch_policy import Batch, FlowPolicy, Inputs, Preset
+from vla_models.parts.qwen_vl import RULES, QwenVl, QwenVlConfig, published_sizes
+from vla_models.policy import PolicySpec, example_spec
+from vla_models.published import TensorFiles, find_checkpoint, read_config
+from vla_models.torch_policy import FlowPolicy, Inputs, Preset
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class WallOssConfig(QwenVlConfig):
     prefix_share: float = 0.5
 
 
-class WallOssNetwork(QwenVl):
+class WallOssNetwork(FlowMatching, QwenVl):
     """The network of the recipe "wall_oss": the backbone and its flow branch."""
 
     def __init__(self, spec: PolicySpec, config: WallOssConfig):
@@ -67,8 +65,7 @@ class WallOssNetwork(QwenVl):
         cache, valid, following = context
         there = (torch.arange(self.width, device=x.device) < self.dim).to(x)
         actions = self.action_in(torch.cat([x, there.expand_as(x)], -1))
-        time = sinusoids(tau / (2 * torch.pi), actions.shape[-1], 1e4).expand_as(actions)
-        h = self.time_out(nn.functional.silu(self.time_in(torch.cat([actions, time], -1))))
+        h = self.timed(actions, sinusoids(tau / (2 * torch.pi), self.config.width, 1e4))
         positions = (following + torch.arange(x.shape[1], device=x.device)).expand(3, -1, -1)
         mask = torch.cat([valid, valid.new_ones(x.shape[:2])], 1).unsqueeze(1).expand(-1, x.shape[1], -1)
         return self.action_out(self.mixture([None, h], positions, mask, cache)[1])
@@ -76,17 +73,8 @@ class WallOssNetwork(QwenVl):
     def flow_loss(
         self, context: Any, actions: Tensor, noise: Tensor, tau: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Flow-matching loss for given noise and flow times; see parts.flow.matching_loss.
-
-        Numbers that the robot lacks count as 0 in the mean, as in the reference.
-        """
-        share = actions.shape[-1] / self.width
-        return matching_loss(self.velocity, context, actions, noise, tau, keep) * share
-
-    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Flow-matching loss, flow time = 0.999 (1 - Beta(1.5, 1)), over the actions that count."""
-        draw = draw_flow(batch, self.width, generator, self.prefix_limit, self.config.prefix_share)
-        return {"loss": self.flow_loss(self.encode(batch.inputs), batch.actions, *draw)}
+        """As FlowMatching's, but numbers that the robot lacks count as 0 in the mean, as in the reference."""
+        return super().flow_loss(context, actions, noise, tau, keep) * (actions.shape[-1] / self.width)
 
 
 #: Characters that stand for an image and for the state where text is read as bytes.
@@ -126,36 +114,13 @@ TINY = {
     "mlp": 48, "action_mlp": 24, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "sections": (2, 3, 3),
     "vocabulary": 259, "numbers": 10, "state_numbers": 10, "image_token": 4, "state_token": 5,
 }  # fmt: skip
-#: Behind the names of LeRobot's files all begin with "model."; the makers' own do not.
-THEIRS = r"(?:model\.)?"
-PUBLISHED = (
-    Rule(THEIRS + r"action_preprocessor\.normalizer.*", None, "statistics of the makers' robots, not weights"),
-    Rule(THEIRS + r"visual\.(.+)", r"vision.tower.\1"),
-    Rule(THEIRS + r"model\.embed_tokens\.weight", "embedding.weight"),
-    Rule(THEIRS + r"lm_head\.weight", "head.weight", "the embedding again"),
-    *(
-        Rule(
-            THEIRS + rf"model\.layers\.(\d+)\.moe\.experts\.([01])\.{part}_proj\.weight",
-            rf"mixture.experts.\2.layers.\1.mlp.{part}.weight",
-            "the other branch's",
-        )
-        for part in ("gate", "up", "down")
-    ),
-    *layer_rules(THEIRS + "model", "mixture.experts.0"),
-    *(
-        Rule(THEIRS + rf"action_preprocessor\.{theirs}\.weight", f"{ours}.weight", "the other branch's")
-        for theirs, ours in {
-            "w1": "action_in", "w2": "time_in", "w3": "time_out", "action_proj_back": "action_out",
-            "propri_proj": "state_in",
-        }.items()
-    ),
-    STATISTICS,
-)  # fmt: skip
 
 
-def text_of(spec: PolicySpec) -> PolicySpec:
-    """The same specification, with the prompt for its cameras where it has none of its own yet."""
-    if spec.tokenizer != "bytes" or IMAGE in spec.prompt:
+def text_of(spec: PolicySpec, anew: bool = False) -> PolicySpec:
+    """The same specification, with the prompt for its cameras where it has none of its own yet, or `anew`."""
+    if spec.tokenizer != "bytes":
+        return replace(spec, prompt=prompt_of(spec.cameras)) if anew else spec
+    if IMAGE in spec.prompt and not anew:
         return spec
     return replace(spec, prompt=byte_prompt(spec.cameras))
 
@@ -184,10 +149,14 @@ class WallOssPolicy(FlowPolicy):
              "prefix_limit": 4, "context": 160},
         ),
     }  # fmt: skip
-    published = PUBLISHED
+    published = RULES
 
     def __init__(self, spec: PolicySpec, *args: Any, **kwargs: Any):
         super().__init__(text_of(spec), *args, **kwargs)
+
+    @classmethod
+    def for_cameras(cls, spec: PolicySpec) -> PolicySpec:
+        return text_of(spec, anew=True)
 
     @classmethod
     def read_published(
@@ -199,8 +168,6 @@ class WallOssPolicy(FlowPolicy):
 
 #: What an image's longer side becomes before it is cut to whole tokens, pixels.
 RESOLUTION = 256
-#: Settings that the network has no choice of, with what is taken where config.json is silent.
-FIXED = {"num_experts": 2, "mlp_moe": True, "attention_moe": False, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 
 
 def image_size(height: int, width: int, step: int = 28) -> tuple[int, int]:
@@ -218,89 +185,27 @@ def read_wall_oss(
     and numbers. The makers' has none of them: it is taken for three cameras and two arms of six joints, not
     normalised, unless it has LeRobot's `input_features` and `output_features` beside its own settings.
     """
-    where = folder / "config.json"
     base, inner = folder, config
     if "vision_config" not in config:
         base = find_checkpoint(config.get("pretrained_name_or_path") or folder, ("*.json",))
         inner = read_config(base)
-    if "experts" not in inner:
-        raise CheckpointError(f"{base / 'config.json'}: expected the settings of WALL-OSS, found no 'experts'")
-    for name, needed in FIXED.items():
-        if inner.get(name, needed) != needed:
-            raise CheckpointError(f"{base / 'config.json'}: {name}: expected {needed!r}, found {inner[name]!r}")
-    try:
-        sizes = _sizes(inner, files)
-        inputs, outputs = config.get("input_features", DEFAULT_INPUTS), config.get("output_features", DEFAULT_OUTPUTS)
-        shapes = {name: tuple(value["shape"]) for name, value in inputs.items()}
-        state, dim = shapes.pop("observation.state")[0], outputs["action"]["shape"][0]
-        step = sizes["vision"].patch * sizes["vision"].merge
-        cameras = {name.rpartition(".")[2]: image_size(*shape[1:], step) for name, shape in shapes.items()}
-        modes = config.get("normalization_mapping", {})
-        ids = {"image_token": inner["image_token_id"], **_marks(base / "tokenizer.json")}
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{where}: expected settings of WALL-OSS, found no {error}") from error
-    if not cameras or state != dim:
-        raise CheckpointError(
-            f"{where}: input_features: expected images and as many numbers in observation.state as in action ({dim}), "
-            f"found {sorted(shapes)} and {state}"
-        )
-    statistics = Statistics(folder, files)
-    normalizers = statistics.normalizers(modes, dim, dim, bare=True)
-    tokenizer = base / "tokenizer.json"
+    sizes, padding = published_sizes(base, inner, files)
+    robot = LeRobotConfig(folder, {**DEFAULT, **config}, files, bare=True)
+    step = sizes["vision"].patch * sizes["vision"].merge
+    cameras = {name: image_size(*size, step) for name, size in robot.cameras.items()}
     fields = {
-        "horizon": config.get("chunk_size", contract["horizon"]), "padding": ids.pop("padding"),
-        "tokenizer": tokenizer.name if base == folder else str(tokenizer), "prompt": prompt_of(cameras),
+        "horizon": config.get("chunk_size", contract["horizon"]), "padding": padding, "prompt": prompt_of(cameras),
+        "tokenizer": "tokenizer.json" if base == folder else str(base / "tokenizer.json"),
         "optional": tuple(cameras)[1:], "guidance": contract.get("guidance", ())[:1], "prefix_limit": 0,
     }  # fmt: skip
-    arms = arms_of(dim)
-    return example_spec(recipe, arms, cameras, **{**contract, **fields}), {**sizes, **ids}, normalizers
+    spec = example_spec(recipe, robot.arms, cameras, **{**contract, **fields})
+    return spec, sizes, robot.normalizers()
 
 
-DEFAULT_INPUTS = {"observation.state": {"shape": (14,)}} | {
-    f"observation.images.{name}": {"shape": (3, 480, 640)} for name in CAMERAS
+#: What is taken of a robot of which config.json says nothing.
+DEFAULT = {
+    "input_features": {"observation.state": {"shape": (14,)}}
+    | {f"observation.images.{name}": {"shape": (3, 480, 640)} for name in CAMERAS},
+    "output_features": {"action": {"shape": (14,)}},
+    "normalization_mapping": {},
 }
-DEFAULT_OUTPUTS = {"action": {"shape": (14,)}}
-
-
-def _sizes(inner: Mapping[str, Any], files: TensorFiles) -> dict[str, Any]:
-    """Fields of QwenVlConfig from the makers' config.json, and from shapes where the two may differ."""
-    vision, experts, shapes = inner["vision_config"], inner["experts"], files.shapes
-    root = "model." if any(name.startswith("model.visual.") for name in shapes) else ""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if root + name not in shapes:
-            raise CheckpointError(f"{files.path}: tensors missing, first {root + name!r}")
-        return shapes[root + name]
-
-    embedding, head = f"{root}model.embed_tokens.weight", f"{root}lm_head.weight"
-    return {
-        "vision": QwenVisionConfig(
-            vision["hidden_size"], vision["intermediate_size"], vision["depth"], vision["num_heads"],
-            vision["patch_size"], vision["spatial_merge_size"], vision["window_size"],
-            tuple(vision["fullatt_block_indexes"]),
-        ),
-        "width": inner["hidden_size"],
-        "mlp": experts[0]["intermediate_size"],
-        "action_mlp": experts[1]["intermediate_size"],
-        "layers": inner["num_hidden_layers"],
-        "heads": inner["num_attention_heads"],
-        "kv_heads": inner["num_key_value_heads"],
-        "head_dim": inner["hidden_size"] // inner["num_attention_heads"],
-        "sections": tuple(inner["rope_scaling"]["mrope_section"]),
-        "vocabulary": shape("model.embed_tokens.weight")[0],
-        "numbers": shape("action_preprocessor.action_proj_back.weight")[0],
-        "state_numbers": shape("action_preprocessor.propri_proj.weight")[1] // 2,
-        "tied": head not in shapes or torch.equal(files[head], files[embedding]),
-    }  # fmt: skip
-
-
-def _marks(path: Path) -> dict[str, int]:
-    """Tokens of the makers' tokenizer.json: that which stands for the state, and that after the end of a text."""
-    try:
-        reader = FileTokenizer(path, 0, 0).reader
-    except TokenizerError as error:
-        raise CheckpointError(str(error)) from error
-    found = {"state_token": reader.token_to_id("<|propri|>"), "padding": reader.token_to_id("<|endoftext|>")}
-    if None in found.values():
-        raise CheckpointError(f"{path}: expected WALL-OSS's, found one without <|propri|> or <|endoftext|>")
-    return found

@@ -9,23 +9,22 @@ See the recipe "pi0_fast" for what becomes of an answer that is no chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vla_models.normalization import Normalizer
-from vla_models.parts.qwen_vl import Prefix, QwenVl, QwenVlConfig
+from vla_models.parts.qwen_vl import RULES, Prefix, QwenVl, QwenVlConfig, word_tokens
 from vla_models.policy import CheckpointError, PolicyError, PolicySpec
 from vla_models.published import TensorFiles
-from vla_models.recipes.wall_oss import CAMERAS, PUBLISHED, TINY, read_wall_oss, text_of
+from vla_models.recipes.wall_oss import CAMERAS, TINY, read_wall_oss, text_of
 from vla_models.token_policy import FastPolicy, TokenNetwork
-from vla_models.tokenizer import TokenizerError, make_tokenizer
-from vla_models.tokenizers import FastAnswer, FastTokenizer
+from vla_models.tokenizer import FileTokenizer, TokenizerError
+from vla_models.tokenizers import FastTokenizer, OrderedFastAnswer
 from vla_models.torch_policy import Inputs, Preset
 
 
@@ -45,38 +44,6 @@ class WallOssFastConfig(QwenVlConfig):
     end: tuple[int, ...] = (151645, 198)
     length: int = 512
     free: bool = False
-
-
-class OrderedFastAnswer(FastAnswer):
-    """A FastAnswer whose words have the order of the FAST tokens: word first + token. Arguments: see FastAnswer."""
-
-    def __init__(
-        self, fast: FastTokenizer, shape: Sequence[int], vocabulary: int, first: int, end: Sequence[int], length: int,
-        free: bool,
-    ):  # fmt: skip
-        if first + fast.vocabulary > vocabulary:
-            raise TokenizerError(
-                f"FAST tokeniser: expected at most {vocabulary - first} tokens, as many as the language model has room "
-                f"for, found {fast.vocabulary}"
-            )
-        self.first = first
-        super().__init__(fast, shape, vocabulary, vocabulary - first - fast.vocabulary, (), end, length, free)
-
-    def _turned(self, tokens: Sequence[int]) -> list[int]:
-        """FastAnswer counts from the last word down; this turns its words around, either way."""
-        return [self.first + self.last - t if self.first <= t <= self.last else t for t in map(int, tokens)]
-
-    def encode(self, chunk: np.ndarray) -> np.ndarray:
-        return np.array(self._turned(super().encode(chunk)), np.int64)
-
-    def decode(self, tokens: Sequence[int]) -> np.ndarray:
-        return super().decode(self._turned(tokens))
-
-    def allowed(self, tokens: Sequence[int]) -> np.ndarray | None:
-        mask = super().allowed(self._turned(tokens))
-        if mask is not None:
-            mask[self.first : self.last + 1] = mask[self.first : self.last + 1][::-1].copy()
-        return mask
 
 
 class WallOssFastNetwork(TokenNetwork):
@@ -141,10 +108,14 @@ class WallOssFastPolicy(FastPolicy):
              "context": 160},
         ),
     }  # fmt: skip
-    published = tuple(replace(rule, name=rule.name and f"vlm.{rule.name}") for rule in PUBLISHED)
+    published = tuple(replace(rule, name=rule.name and f"vlm.{rule.name}") for rule in RULES)
 
     def __init__(self, spec: PolicySpec, *args: Any, **kwargs: Any):
         super().__init__(without_last(text_of(spec)), *args, **kwargs)
+
+    @classmethod
+    def for_cameras(cls, spec: PolicySpec) -> PolicySpec:
+        return text_of(spec, anew=True)
 
     @classmethod
     def read_published(
@@ -152,17 +123,14 @@ class WallOssFastPolicy(FastPolicy):
     ) -> tuple[PolicySpec, WallOssFastConfig, dict[str, Normalizer]]:
         """See recipes.wall_oss.read_wall_oss. The FAST tokeniser lies in the folder `fast`."""
         spec, sizes, normalizers = read_wall_oss(cls.name(), cls.contract, folder, config, files)
-        names = {"first": "<|action_token_0|>", "turn": "<|im_end|>"}
+        tokenizer = Path(folder, spec.tokenizer)
+        first, turn = word_tokens(tokenizer, "<|action_token_0|>", "<|im_end|>")
         try:
-            tokenizer = make_tokenizer(spec.tokenizer, (), spec.context, spec.padding, folder).reader
-            ids = {ours: tokenizer.token_to_id(name) for ours, name in names.items()}
-            if None in ids.values():
-                raise TokenizerError(f"expected the words {sorted(names.values())}, found not all of them")
-            (line,) = tokenizer.encode("\n", add_special_tokens=False).ids or (None,)
+            (line,) = FileTokenizer(tokenizer, 0, 0).reader.encode("\n", add_special_tokens=False).ids
             fast = FastTokenizer.load(folder / "fast")
         except (TokenizerError, ValueError) as error:
             raise CheckpointError(f"{folder}: tokeniser: {error}") from error
-        answer = {"fast": fast.to_dict(), "first": ids["first"], "start": line, "end": (ids["turn"], line)}
+        answer = {"fast": fast.to_dict(), "first": first, "start": line, "end": (turn, line)}
         return without_last(spec), WallOssFastConfig(**sizes, **answer, free=True), normalizers
 
 
