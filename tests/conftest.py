@@ -26,6 +26,9 @@ def policies(tmp_path_factory) -> Path:
     space = ActionSpace(("left", "right"), "joint", (6, 6))
     joints = {arm: tuple(f"{arm}_{k}" for k in range(6)) for arm in space.arms}
     write_policy(folder / "two_arms", arms=space.arms, action_space=space, state="joint", joints=joints)
+    six = {"arm": tuple(f"joint{k}" for k in range(6))}
+    write_policy(folder / "six_joints", action_space=ActionSpace(("arm",), "joint", (6,)), state="joint", joints=six)
+    write_policy(folder / "six_measured", state="joint", joints=six)
     cut_short(folder / "cut_short", left)
     return folder
 

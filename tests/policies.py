@@ -14,6 +14,8 @@ from vla_models.policy import PolicySpec
 
 #: Long chunks, so that a busy machine does not run out of them.
 HORIZON, PERIOD = 48, 0.05
+#: Optimisation steps in which a tiny network learns which way two phrases mean.
+STEPS = 100
 NETWORK = {"width": 16, "layers": 1, "heads": 2, "channels": (4, 8), "blocks": (0, 0), "points": 4}
 
 
@@ -88,9 +90,66 @@ def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
 
     A chunk lasts 1.6 s whatever its horizon. What the network adds is about a millimetre.
     """
+    policy = make_recipe(folder.name, recipe)
+    spec = policy.spec
+    offset = np.zeros((spec.horizon, spec.action_dim))
+    offset[:, 1] = velocity * spec.period * (spec.lead + np.arange(spec.horizon))
+    offset[:, -1] = 0.5
+    if spec.action_space.rotation == "rot6d":
+        offset[:, 3:9] = 1, 0, 0, 0, 1, 0
+    return save(policy, folder, Normalizer("mean_std", offset, np.full_like(offset, 1e-3)))
+
+
+def write_obedient(folder: Path, instruction: str, distance: float = 0.05) -> Path:
+    """Write a checkpoint of the recipe "rth" that has learnt to go left and right along y, as its motion says.
+
+    Which of the two it says itself is left to chance: nothing that it sees tells.
+
+    Args:
+        folder: of the checkpoint; its name is the policy's.
+        instruction: the only one it has ever read.
+        distance: that a chunk goes, m.
+    """
+    import torch
+    from vla_models.torch_policy import Batch, Inputs
+
+    policy = make_recipe(folder.name, "rth")
+    spec, count = policy.spec, 2
+    scale = np.full(spec.action_dim, 1e-3)
+    scale[1] = distance
+    offset = np.zeros(spec.action_dim)
+    offset[-1] = 0.5
+    normalizer = policy.processor.action = Normalizer("mean_std", offset, scale)
+    tokens = torch.from_numpy(policy.processor.tokens(instruction, np.zeros(spec.state_dim))).repeat(count, 1)
+    state = torch.zeros(count, spec.state_dim)
+    state[:, -1] = 0.5
+    actions = torch.zeros(count, spec.horizon, spec.action_dim)
+    actions[:, :, 1] = torch.tensor([1.0, -1.0] * (count // 2)).unsqueeze(1)
+    past, present = torch.zeros(count, spec.horizon, dtype=torch.bool), torch.ones(count, len(spec.cameras)).bool()
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam(policy.network.parameters(), 5e-3)
+    for _ in range(STEPS):
+        images = tuple(torch.rand(count, 3, *size, generator=generator) for size in spec.cameras.values())
+        loss = policy.loss(Batch(Inputs(images, tokens, state, present), actions, past), generator)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return save(policy, folder, normalizer)
+
+
+def save(policy, folder: Path, action: Normalizer) -> Path:
+    """Write the checkpoint of a policy, with another normaliser of its actions."""
+    normalizers = {"state": policy.processor.state, "action": action}
+    write_checkpoint(Checkpoint(policy.spec, normalizers, asdict(policy.config)), folder)
+    write_tensors(folder / "model.safetensors", {k: v.numpy() for k, v in policy.network.state_dict().items()})
+    return folder
+
+
+def make_recipe(name: str, recipe: str):
+    """A policy of any recipe at its tiny size for the Panda, with random weights; a chunk lasts 1.6 s."""
     import torch
     from vla_core.robot import load_robot
-    from vla_models import policy_class
+    from vla_models import identity_normalizers, policy_class
 
     kind = policy_class(recipe)
     example, network = kind.preset("tiny")
@@ -98,7 +157,7 @@ def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
     names = dict(zip(example.cameras, ("scene", "wrist", *list(example.cameras)[2:]), strict=False))
     spec = replace(
         example,
-        name=folder.name,
+        name=name,
         cameras={names[camera]: size for camera, size in example.cameras.items()},
         optional=tuple(names[camera] for camera in example.optional),
         arms=("arm",),
@@ -110,17 +169,5 @@ def write_recipe(folder: Path, recipe: str, velocity: float = 0.03) -> Path:
         fit="pad",
         robot="panda",
     )
-    offset = np.zeros((spec.horizon, spec.action_dim))
-    offset[:, 1] = velocity * spec.period * (spec.lead + np.arange(spec.horizon))
-    offset[:, -1] = 0.5
-    if rotation == "rot6d":
-        offset[:, 3:9] = 1, 0, 0, 0, 1, 0
-    normalizers = {
-        "state": Normalizer("mean_std", np.zeros(spec.state_dim), np.ones(spec.state_dim)),
-        "action": Normalizer("mean_std", offset, np.full_like(offset, 1e-3)),
-    }
     torch.manual_seed(0)
-    policy = kind(spec, normalizers, network)
-    write_checkpoint(Checkpoint(spec, normalizers, asdict(policy.config)), folder)
-    write_tensors(folder / "model.safetensors", {k: v.numpy() for k, v in policy.network.state_dict().items()})
-    return folder
+    return kind(spec, identity_normalizers(spec), network)

@@ -21,6 +21,8 @@ PREFIXES = [Path(p) for p in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pa
 UNUSABLE = {
     "other_camera": ["ContractError", "camera overhead: the policy needs it, the robot has ['scene', 'wrist']"],
     "two_arms": ["ContractError", "arms: the policy drives ['left', 'right'], the robot has ['arm']"],
+    "six_joints": ["ContractError", "arm arm: the policy drives 6 joints, the robot has 7"],
+    "six_measured": ["PolicyError", "policy six_measured: arm 'arm': expected 6 joints, found (7,)"],
     "cut_short": ["CheckpointError", "model.safetensors: cut short"],
 }
 

@@ -7,9 +7,7 @@ nobody meant; every mismatch is named, in one message.
 from __future__ import annotations
 
 from vla_core.robot import Robot
-
-#: A policy whose images differ in shape by more than this was trained on another camera geometry.
-ASPECT_TOLERANCE = 0.05
+from vla_models.policy import ASPECT_TOLERANCE
 
 
 class ContractError(ValueError):

@@ -28,13 +28,17 @@ class PolicyHost:
         runtime: "torch" or "onnx", the default of `load`.
         provider: "cpu", "cuda" or "tensorrt".
         threads: threads of one inference; 0 leaves it to the runtime.
+        precision: "fp32", or with onnx "int8", "fp16" or "bf16"; of policies on `runtime`.
 
     Thread safety: `load`, `switch` and `infer` may be called from different threads; loading does not hold up
     inference, and `infer` runs one inference at a time.
     """
 
-    def __init__(self, robot: Robot, runtime: str = "onnx", provider: str = "cpu", threads: int = 0):
+    def __init__(
+        self, robot: Robot, runtime: str = "onnx", provider: str = "cpu", threads: int = 0, precision: str = "fp32"
+    ):
         self.robot, self.runtime, self.provider, self.threads = robot, runtime, provider, threads
+        self.precision = precision
         self._policies: dict[str, Policy] = {}
         self._active: str | None = None
         self._fresh = False
@@ -64,6 +68,7 @@ class PolicyHost:
             runtime=runtime or self.runtime,
             provider=self.provider,
             threads=self.threads,
+            precision=self.precision if runtime in ("", self.runtime) else "fp32",
         )
         check(policy.spec, self.robot)
         self._warm_up(policy)

@@ -49,6 +49,7 @@ class PolicyNode(LifecycleNode):
             declare("runtime", "onnx").value,
             declare("provider", "cpu").value,
             declare("threads", 1).value,
+            declare("precision", "fp32").value,
         )
         self.autostart = declare("autostart", True).value
         self.error = ""
