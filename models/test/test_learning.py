@@ -27,17 +27,17 @@ SETTINGS: dict[str, tuple[int, float]] = {
     "flow": (120, 6e-3),
     "gr2": (250, 4e-3),
     "lingbot_va": (300, 8e-3),
-    "octo": (200, 1e-2),
+    "octo": (600, 4e-3),
     "openvla": (150, 3e-3),
     "openvla_oft": (150, 1e-2),
     "pi0_fast": (150, 1e-2),
     "rdt": (200, 4e-3),
     "rt1": (150, 6e-3),
-    "rt2": (150, 1e-2),
+    "rt2": (250, 6e-3),
     "rth": (250, 6e-3),
-    "smolvla": (150, 1e-2),
+    "smolvla": (250, 8e-3),
     "wall_oss": (150, 3e-3),
-    "wall_oss_fast": (150, 3e-3),
+    "wall_oss_fast": (250, 6e-3),
 }
 #: Settings of a network without which training sees other images than use does.
 NETWORKS: dict[str, dict] = {"diffusion_policy": {"crop": ()}}
