@@ -41,7 +41,8 @@ def drives(graph, name: str, runtime: str) -> None:
     graph.until(lambda: graph.chunks and graph.tool()[1] - start[1] > 0.02, "the arm drifts along y")
     assert {c.policy for c in graph.chunks} == {name} and not any(c.error for c in graph.chunks)
     assert (graph.policy.active, graph.policy.runtime) == (name, runtime)
-    assert graph.state in (SafetyStatus.RUNNING, SafetyStatus.HOLDING)
+    # A chunk that comes late brakes the arm and lets it hold; a fault or a stop would stay.
+    graph.until(lambda: graph.state in (SafetyStatus.RUNNING, SafetyStatus.HOLDING), "the arm is driven or held")
     assert abs(graph.tool()[2] - start[2]) < 0.05 and np.isfinite(graph.tool()).all()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 grpc = pytest.importorskip("grpc")
 import vla_models  # noqa: E402
 from hypothesis import given  # noqa: E402
@@ -120,6 +120,16 @@ def test_answers_that_cannot_be_used_are_refused(serve, policy_at, answer, messa
     with pytest.raises(PolicyError, match=message):
         policy_at(serve(answer).address).infer(OBSERVATION)
     assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_tensor_that_is_larger_than_its_numbers_is_refused():
+    from vla_models.lerobot_client import _tensor
+
+    storage = torch.zeros(6).storage()
+    assert _tensor(storage, 1, (2, 2), (2, 1)).shape == (2, 2)
+    for offset, size, stride in ((0, (7,), (1,)), (5, (2,), (1,)), (0, (2, 3), (6, 1)), (-1, (2,), (1,))):
+        with pytest.raises(PolicyError, match="expected a tensor inside its 6 numbers"):
+            _tensor(storage, offset, size, stride)
 
 
 def test_an_answer_to_an_earlier_observation_is_refused(serve, policy_at):

@@ -224,6 +224,12 @@ def _storage(data: bytes) -> Any:
 def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
     import torch
 
+    # Beyond its storage torch would make room, and give what happens to lie there.
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    there = storage._untyped_storage.nbytes() // storage.dtype.itemsize
+    if min(offset, *size, *stride) < 0 or (0 not in size and last >= there):
+        found = f"size {size}, stride {stride} at {offset}"
+        raise PolicyError(f"expected a tensor inside its {there} numbers, found {found}")
     flat = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)
     return flat.double().numpy()
 

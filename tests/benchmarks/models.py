@@ -499,8 +499,8 @@ LeRobot: {python or "not given (lerobot:=PYTHON), skipped"}
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 row = compare(name, python, rounds, threads, clock, Path(scratch) / name)
-            except RuntimeError as error:
-                notes.append(f"{name}: {error}")
+            except Exception as error:  # one system's fault leaves the others their rows
+                notes.append(f"{name}: {type(error).__name__}: {error}")
                 continue
         rows.append(row)
         notes += [f"{name}: {note}" for note in row["notes"]]

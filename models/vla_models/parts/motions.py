@@ -34,7 +34,7 @@ class Motions:
     processor: of the policy; its normalisers give movements in m and rad. vocabulary: of the language model. end: token
     behind an answer in words. move, turn, grip: what counts as a motion over a chunk; smallest way, m, smallest turn of
     the tool or of a joint, rad, and smallest change of the opening. Raises PolicyError for a prompt that is not about
-    one task.
+    one task, and for a state that does not end with the opening.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Motions:
         spec = processor.spec
         if spec.prompt.count("{task}") != 1 or "{state}" in spec.prompt:
             raise PolicyError(f"policy {spec.name}: prompt: expected {{task}} once and no more, found {spec.prompt!r}")
+        if spec.state not in ("pose", "joint"):
+            raise PolicyError(f"policy {spec.name}: state: expected 'pose' or 'joint', found {spec.state!r}")
         self.settings = {"vocabulary": vocabulary, "end": end, "move": move, "turn": turn, "grip": grip}
         self.processor, self.space = processor, processor.spec.action_space
         self.move, self.turn, self.grip = move, turn, grip
