@@ -1,6 +1,8 @@
 """A robot whose joints do what they are sent, and a judge of all that is sent."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from vla_control.command import ArmCommand, Command
 from vla_control.safety import Measured, SafetyController
 from vla_core.kinematics import Kinematics
 from vla_core.robot import load_robot
+
+sys.path.append(str(Path(__file__).parent))  # for driver_rig and the rigs
 
 settings.register_profile("any speed", deadline=None)
 settings.load_profile("any speed")
