@@ -52,6 +52,7 @@ import logging
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def _check_specification(folder: Path, policy: TorchPolicy) -> None:
                               f"{policy.spec.recipe!r} makes of it, found {written[name]!r}")
 
 
-class Head:
+class Head(ABC):
     """How a policy with one kind of head becomes graphs; see HEADS.
 
     seed: of the examples for their inputs. A subclass says which of vla_models.runtime_onnx.DRIVERS drives its graphs.
@@ -168,9 +169,9 @@ class Head:
         """What the driver has to know besides policy.json, plain JSON types."""
         return {}
 
+    @abstractmethod
     def sources(self) -> list[GraphSource]:
         """The graphs, the first of them one of vla_models.runtime_onnx.FIRST."""
-        raise NotImplementedError
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -231,11 +232,11 @@ class SampledHead(Head):
         """What the encoder makes of the inputs: a tensor, or a tuple of them."""
         return self.network.encode(self.inputs(values))
 
+    @abstractmethod
     def steps(self, step: dict[str, Tensor], wish: dict[str, Tensor], context: Callable[[Mapping[str, Tensor]], Any]
               ) -> list[GraphSource]:
         """The graphs of a step, from examples: step, the context and "x"; wish, target and weights of guidance.
         context: that of the network from the inputs of such a graph."""
-        raise NotImplementedError
 
     def sources(self) -> list[GraphSource]:
         example = self.example()

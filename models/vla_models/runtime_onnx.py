@@ -194,9 +194,9 @@ class OnnxPolicy(Policy):
         self.settings = settings_of(next(graphs[name] for name in FIRST if name in graphs))
 
     @staticmethod
+    @abstractmethod
     def graph_names(spec: PolicySpec, settings: Mapping[str, Any]) -> list[str]:
         """Names of the graphs that a policy needs, one of FIRST among them."""
-        raise NotImplementedError
 
     @staticmethod
     def check(file: Path, inputs: Mapping[str, tuple[int, ...]], spec: PolicySpec) -> None:
