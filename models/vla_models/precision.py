@@ -128,9 +128,9 @@ def products(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
     """
 
     def reach(values: Iterable[onnx_ir.Value], forward: bool) -> set[onnx_ir.Node]:
-        todo, seen, found = [value for value in values if value.name in BORDERS], set(), set()
-        while todo:
-            value = todo.pop()
+        waiting, seen, found = [value for value in values if value.name in BORDERS], set(), set()
+        while waiting:
+            value = waiting.pop()
             for node in [use.node for use in value.uses()] if forward else [value.producer()]:
                 if node is None or node in seen:
                     continue
@@ -138,7 +138,7 @@ def products(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
                 if node.op_type in PRODUCTS:
                     found.add(node)
                 else:
-                    todo += filter(is_float, node.outputs if forward else node.inputs)
+                    waiting += filter(is_float, node.outputs if forward else node.inputs)
         return found
 
     near = reach(graph.inputs, True) | reach(graph.outputs, False)

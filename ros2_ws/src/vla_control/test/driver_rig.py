@@ -46,16 +46,16 @@ class Rig(ABC):
     def moved_by_commands(self) -> bool:
         """Whether a command since the rig was made asked the device for another place than where it was."""
 
+    #: Whether it has a cable.
+    cuttable: bool = True
+
+    @abstractmethod
     def cut(self) -> None:
         """Pull the cable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mend(self) -> None:
         """Plug it in again."""
-        raise NotImplementedError
-
-    #: Whether `cut` and `mend` are there.
-    cuttable: bool = True
 
     def powered(self) -> bool | None:
         """Whether the motors have power; None: this hardware cannot say."""

@@ -37,6 +37,12 @@ class FakeRig(Rig):
     def place(self, position):
         self.made._position = np.array(position)
 
+    def cut(self):
+        pass
+
+    def mend(self):
+        pass
+
     def moved_by_commands(self):
         return not np.allclose(self.made._target.position, self.position())
 
