@@ -47,7 +47,7 @@ class PinocchioPanda:
     """The oracle: pinocchio on the same URDF."""
 
     def __init__(self, robot):
-        self.model = pinocchio.buildModelFromUrdf(str(robot.model))
+        self.model = pinocchio.buildModelFromUrdf(str(robot.parts[0].file))
         self.data = self.model.createData()
         self.arm = robot.arms[0]
         self.frame = self.model.addFrame(
@@ -81,7 +81,7 @@ def test_panda_agrees_with_pinocchio(panda, panda_kinematics):
 
 
 def test_aloha_agrees_with_dm_control(aloha, aloha_kinematics):
-    physics = dm_mujoco.Physics.from_xml_path(str(aloha.model))
+    physics = dm_mujoco.Physics.from_xml_path(str(aloha.parts[0].file))
     for arm in aloha.arms:
         for q in random_positions(arm, 20):
             with physics.reset_context():
@@ -108,7 +108,7 @@ def test_the_jacobian_is_the_derivative_of_the_tool_pose(name, request):
 
 def test_the_models_place_in_the_base_frame_counts(panda, panda_kinematics):
     T_base_model = transform([1.0, 2.0, 3.0], [0.4, -0.5, 0.6])
-    moved = Kinematics(replace(panda, T_base_model=T_base_model))
+    moved = Kinematics(replace(panda, parts=(replace(panda.parts[0], T_base_part=T_base_model),)))
     q = panda.arms[0].home
     np.testing.assert_allclose(moved.forward("arm", q), T_base_model @ panda_kinematics.forward("arm", q), atol=1e-12)
     turn = np.kron(np.eye(2), T_base_model[:3, :3])
@@ -181,6 +181,76 @@ def test_an_unknown_arm_is_refused(panda_kinematics):
         panda_kinematics.forward("left", np.zeros(7))
 
 
+# --------------------------------------------------------------------------------------------- cells of several parts
+
+
+def two_pandas(panda, T_base_right, prefixes=("left_", "right_")):
+    """A cell of two Pandas: the first at the base frame, the other at T_base_right; arms `left` and `right`."""
+    arm, part = panda.arms[0], panda.parts[0]
+    arms = tuple(
+        replace(
+            arm,
+            name=name,
+            joints=tuple(prefix + joint for joint in arm.joints),
+            tool=replace(arm.tool, link=prefix + arm.tool.link),
+            gripper=replace(arm.gripper, joints=tuple(replace(j, name=prefix + j.name) for j in arm.gripper.joints)),
+        )
+        for name, prefix in zip(("left", "right"), prefixes)
+    )
+    parts = (replace(part, prefix=prefixes[0]), replace(part, prefix=prefixes[1], T_base_part=T_base_right))
+    return replace(panda, parts=parts, arms=arms)
+
+
+@pytest.mark.parametrize("prefixes", [("left_", "right_"), ("", "other/")])
+def test_each_part_moves_as_it_does_alone_where_it_is_placed(panda, panda_kinematics, prefixes):
+    T_base_right = transform([0.3, -0.8, 0.1], [0.2, -0.3, 2.5])
+    cell = Kinematics(two_pandas(panda, T_base_right, prefixes))
+    turn = np.kron(np.eye(2), T_base_right[:3, :3])
+    for q in random_positions(panda.arms[0], 20):
+        T, J = panda_kinematics.forward("arm", q), panda_kinematics.jacobian("arm", q)
+        np.testing.assert_allclose(cell.forward("left", q), T, atol=1e-12)
+        np.testing.assert_allclose(cell.jacobian("left", q), J, atol=1e-12)
+        np.testing.assert_allclose(cell.forward("right", q), T_base_right @ T, atol=1e-12)
+        np.testing.assert_allclose(cell.jacobian("right", q), turn @ J, atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", [True, False])
+def test_names_of_a_part_begin_with_its_prefix(panda, geometry):
+    alone = load_model(panda, geometry)
+    cell = load_model(two_pandas(panda, transform([0.0, 1.0, 0.0], [0.0, 0.0, 0.0])), geometry)
+    for count, kind in ((alone.nbody, "body"), (alone.njnt, "joint")):
+        names = [getattr(alone, kind)(i).name for i in range(count) if getattr(alone, kind)(i).name != "world"]
+        found = {getattr(cell, kind)(i).name for i in range(cell.nbody if kind == "body" else cell.njnt)}
+        assert found - {"world"} == {prefix + name for prefix in ("left_", "right_") for name in names}
+    assert cell.ngeom == 2 * alone.ngeom
+
+
+def test_one_part_may_have_a_prefix_too(panda, panda_kinematics):
+    alone = two_pandas(panda, np.eye(4))
+    alone = replace(alone, parts=alone.parts[:1], arms=alone.arms[:1])
+    q = panda.arms[0].home
+    np.testing.assert_allclose(Kinematics(alone).forward("left", q), panda_kinematics.forward("arm", q), atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", [True, False])
+@pytest.mark.parametrize("prefixes", [("", ""), ("arm_", "arm_")])
+def test_parts_that_share_names_are_refused(panda, prefixes, geometry):
+    cell = two_pandas(panda, transform([0.0, 1.0, 0.0], [0.0, 0.0, 0.0]), prefixes)
+    message = (
+        rf"panda.yaml: model: expected parts .*\(give each a prefix\), found .*'{prefixes[0]}panda_joint1'.* again"
+    )
+    with pytest.raises(RobotError, match=message):
+        load_spec(cell, geometry)
+
+
+def test_a_part_that_is_no_model_is_named(tmp_path, panda):
+    cell = two_pandas(panda, np.eye(4))
+    broken = tmp_path / "broken.urdf"
+    broken.write_text("<robot")
+    with pytest.raises(RobotError, match=r"model.file: expected a URDF or MJCF model, found .*broken.urdf"):
+        load_spec(replace(cell, parts=(cell.parts[0], replace(cell.parts[1], file=broken))))
+
+
 # ------------------------------------------------------------------------------- robots that do not fit the model
 
 
@@ -247,11 +317,11 @@ def test_the_specification_can_be_built_upon(panda):
 def urdf(tmp_path, robot, text):
     file = tmp_path / "robot.urdf"
     file.write_text(text)
-    return replace(robot, model=Path(file))
+    return replace(robot, parts=(replace(robot.parts[0], file=Path(file)),))
 
 
 def test_kinematics_need_no_mesh_files(tmp_path, panda):
-    robot = urdf(tmp_path, panda, panda.model.read_text().replace("package://", "package://absent_"))
+    robot = urdf(tmp_path, panda, panda.parts[0].file.read_text().replace("package://", "package://absent_"))
     q = panda.arms[0].home
     np.testing.assert_allclose(Kinematics(robot).forward("arm", q), Kinematics(panda).forward("arm", q))
     with pytest.raises(RobotError, match="package://absent_"):
@@ -268,7 +338,7 @@ def test_a_broken_mjcf_is_refused(tmp_path, panda):
     file = tmp_path / "robot.xml"
     file.write_text("<mujoco><worldbody><body></worldbody></mujoco>")
     with pytest.raises(RobotError, match="model.file: expected a URDF or MJCF model"):
-        load_model(replace(panda, model=file))
+        load_model(replace(panda, parts=(replace(panda.parts[0], file=file),)))
 
 
 def test_slides_offsets_and_reference_positions_of_mjcf_count(tmp_path, panda):
@@ -282,7 +352,7 @@ def test_slides_offsets_and_reference_positions_of_mjcf_count(tmp_path, panda):
         <joint name="turn" pos="0.05 0 0.02" axis="0 1 0" ref="30"/></body></body></body></worldbody></mujoco>"""
     )
     arm = replace(panda.arms[0], joints=("lift", "turn"), gripper=None, tool=replace(panda.arms[0].tool, link="c"))
-    robot = replace(panda, model=file, arms=(arm,))
+    robot = replace(panda, parts=(replace(panda.parts[0], file=file),), arms=(arm,))
     model = mujoco.MjModel.from_xml_path(str(file))
     data = mujoco.MjData(model)
     kinematics = Kinematics(robot)

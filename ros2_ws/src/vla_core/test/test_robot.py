@@ -1,6 +1,7 @@
 """The robot description: the shipped robots, and one clear error for each mistake in a file."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -10,14 +11,14 @@ import numpy as np
 import pinocchio
 import pytest
 import yaml
-from vla_core.robot import DEFAULT_TRACKING, RobotError, load_robot, resolve_uri, transform
+from vla_core.robot import DEFAULT_JERK, DEFAULT_TRACKING, RobotError, load_robot, resolve_uri, transform
 
 ROBOTS = Path(load_robot("panda").path).parent
 
 
 @pytest.fixture
 def tree():
-    return yaml.safe_load((ROBOTS / "panda.yaml").read_text())
+    return copy.deepcopy(PANDA)
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def key_paths(tree, prefix=""):
 
 
 PANDA = yaml.safe_load((ROBOTS / "panda.yaml").read_text())
+#: What the example has not.
+for path in ("collision", "arms.arm.start", "arms.arm.contact", "arms.arm.driver", "arms.arm.tool.cone"):
+    *parents, last = path.split(".")
+    functools.reduce(dict.__getitem__, parents, PANDA).pop(last, None)
 #: Keys that may be left out, and names given by the user, without which the rest is still whole.
 OPTIONAL = {"simulation", "arms.arm.gripper", "cameras.scene.calibration", "cameras.wrist.calibration"}
 NAMES = {"cameras.scene", "cameras.wrist", "arms.arm.gripper.joints.panda_finger_joint1"}
@@ -109,6 +114,9 @@ BAD = [
     ("name", 7),
     ("base_frame", None),
     ("model", "panda.urdf"),
+    ("model", []),
+    ("model.prefix", ""),
+    ("model.prefix", 1),
     ("model.file", "absent.urdf"),
     ("model.xyz", [0.0, 0.0]),
     ("model.rpy", [0.0, 0.0, float("nan")]),
@@ -133,11 +141,15 @@ BAD = [
     ("arms.arm.limits.upper", [2.8] * 6 + [float("inf")]),
     ("arms.arm.limits.tracking", [0.5] * 6),
     ("arms.arm.limits.tracking", [0.5] * 6 + [0.0]),
+    ("arms.arm.limits.jerk", [100.0] * 6),
+    ("arms.arm.limits.jerk", [100.0] * 6 + [-1.0]),
     ("arms.arm.tool.link", 3),
     ("arms.arm.tool.speed", 0.0),
     ("arms.arm.tool.xyz", [0, 0, "0.1"]),
     ("arms.arm.workspace.lower", [0.2, float("nan"), 0.0]),
     ("arms.arm.gripper.speed", -1),
+    ("arms.arm.gripper.force", 0.0),
+    ("arms.arm.driver", "ur"),
     ("arms.arm.gripper.joints", {}),
     ("arms.arm.gripper.joints.panda_finger_joint1", {"closed": 0.1, "open": 0.1}),
     ("cameras", None),
@@ -156,6 +168,150 @@ BAD = [
 def test_a_bad_value_is_named_with_its_path(tree, load, path, value):
     with pytest.raises(RobotError, match=f"robot.yaml: {path}: expected .*found"):
         load(place(tree, path, value))
+
+
+#: Optional sections, each whole and sound; path -> value.
+SECTIONS = {
+    "arms.arm.tool.cone": {"axis": [0.0, 0.0, 2.0], "direction": [0.0, 0.0, -1.0], "angle": 0.8},
+    "arms.arm.start": {"joint": 0.05, "tool": 0.02},
+    "arms.arm.contact": {"force": 30.0, "torque": 5.0, "effort": [9.0] * 7, "retreat": 0.02},
+    "arms.arm.driver": {"type": "franka", "address": "172.16.0.2"},
+    "collision": {
+        "margin": 0.03,
+        "allow": [["panda_link5", "panda_link7"]],
+        "world": {"table": {"lower": [-1.0, -1.0, -1.0], "upper": [1.0, 1.0, 0.0], "allow": ["panda_link0"]}},
+    },
+}
+
+
+def with_sections(tree):
+    for path, value in SECTIONS.items():
+        tree = place(tree, path, copy.deepcopy(value))
+    return tree
+
+
+def test_what_is_left_out_takes_its_default(tree, load):
+    robot = load(tree)
+    arm = robot.arm("arm")
+    assert arm.limits.jerk.tolist() == (DEFAULT_JERK * arm.limits.acceleration).tolist()
+    assert (arm.start.joint, arm.start.tool) == (0.01, 0.001)  # the goals: within 0.01 rad and 1 mm
+    assert arm.tool.cone is None and arm.contact is None and arm.driver == {} and arm.gripper.force is None
+    assert (robot.collision.margin, robot.collision.allow, robot.collision.world) == (0.02, (), ())
+    assert [(p.prefix, p.T_base_part.tolist()) for p in robot.parts] == [("", np.eye(4).tolist())]
+
+
+def test_every_optional_section_is_read(tree, load):
+    tree = place(place(with_sections(tree), "arms.arm.limits.jerk", [50.0] * 7), "arms.arm.gripper.force", 40.0)
+    robot = load(tree)
+    arm = robot.arm("arm")
+    assert arm.limits.jerk.tolist() == [50.0] * 7
+    assert arm.tool.cone.axis.tolist() == [0.0, 0.0, 1.0]  # made a unit vector
+    assert (arm.tool.cone.direction.tolist(), arm.tool.cone.angle) == ([0.0, 0.0, -1.0], 0.8)
+    assert (arm.start.joint, arm.start.tool) == (0.05, 0.02)
+    assert (arm.contact.force, arm.contact.torque, arm.contact.retreat) == (30.0, 5.0, 0.02)
+    assert arm.contact.effort.tolist() == [9.0] * 7
+    assert dict(arm.driver) == {"type": "franka", "address": "172.16.0.2"}
+    assert arm.gripper.force == 40.0
+    assert (robot.collision.margin, robot.collision.allow) == (0.03, (("panda_link5", "panda_link7"),))
+    (table,) = robot.collision.world
+    assert (table.name, table.margin, table.allow) == ("table", 0.03, ("panda_link0",))  # the margin of all
+    assert table.box.lower.tolist() == [-1.0, -1.0, -1.0] and table.box.upper.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_an_obstacle_may_have_a_margin_of_its_own(tree, load):
+    tree = place(with_sections(tree), "collision.world.table.margin", 0.0)
+    assert load(tree).collision.world[0].margin == 0.0
+
+
+@pytest.mark.parametrize("key", ["force", "torque", "effort"])
+def test_one_threshold_of_contact_is_enough_and_the_others_are_none(tree, load, key):
+    value = SECTIONS["arms.arm.contact"][key]
+    contact = load(place(tree, "arms.arm.contact", {key: value})).arm("arm").contact
+    assert contact.retreat == 0.0
+    for other in {"force", "torque", "effort"} - {key}:
+        assert np.isinf(getattr(contact, other)).all()
+
+
+@pytest.mark.parametrize(
+    "parent",
+    ["model.", "arms.arm.tool.cone.", "arms.arm.start.", "arms.arm.contact.", "collision.", "collision.world.table."],
+)
+def test_an_unknown_key_of_an_optional_section_is_named_with_its_path(tree, load, parent):
+    with pytest.raises(RobotError, match=f"robot.yaml: {parent}typo: unknown key; expected one of"):
+        load(place(with_sections(tree), f"{parent}typo", 1))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["arms.arm.tool.cone.axis", "arms.arm.tool.cone.direction", "arms.arm.tool.cone.angle", "arms.arm.start.joint"]
+    + ["arms.arm.start.tool", "arms.arm.driver.type", "collision.world.table.lower", "collision.world.table.upper"],
+)
+def test_a_missing_key_of_an_optional_section_is_named_with_its_path(tree, load, path):
+    with pytest.raises(RobotError, match=f"robot.yaml: {path}: missing; expected a value"):
+        load(place(with_sections(tree), path, place))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("arms.arm.tool.cone.axis", [0.0, 0.0, 0.0]),
+        ("arms.arm.tool.cone.direction", [0.0, 1.0]),
+        ("arms.arm.tool.cone.angle", 0.0),
+        ("arms.arm.tool.cone.angle", 3.2),
+        ("arms.arm.start.joint", 0.0),
+        ("arms.arm.start.tool", -0.001),
+        ("arms.arm.start.tool", float("nan")),
+        ("arms.arm.contact.force", 0.0),
+        ("arms.arm.contact.torque", "hard"),
+        ("arms.arm.contact.effort", [9.0] * 6),
+        ("arms.arm.contact.effort", [9.0] * 6 + [0.0]),
+        ("arms.arm.contact.retreat", -0.01),
+        ("arms.arm.contact.retreat", 0.5),
+        ("arms.arm.driver.type", ""),
+        ("collision.margin", -0.01),
+        ("collision.allow", ["panda_link5"]),
+        ("collision.allow", []),
+        ("collision.world", {}),
+        ("collision.world.table.margin", -1.0),
+        ("collision.world.table.allow", "panda_link0"),
+        ("collision.world.table.lower", [0.0, 0.0]),
+    ],
+)
+def test_a_bad_value_of_an_optional_section_is_named_with_its_path(tree, load, path, value):
+    with pytest.raises(RobotError, match=rf"robot.yaml: {path}(\[0\])?: expected .*found"):
+        load(place(with_sections(tree), path, value))
+
+
+@pytest.mark.parametrize("pair", [["panda_link5"], ["panda_link5", "panda_link6", "panda_link7"]])
+def test_links_that_may_touch_come_in_pairs(tree, load, pair):
+    with pytest.raises(RobotError, match=r"robot.yaml: collision.allow\[0\]: expected a pair of links, found"):
+        load(place(with_sections(tree), "collision.allow", [pair]))
+
+
+def test_an_obstacle_must_have_a_volume(tree, load):
+    tree = place(with_sections(tree), "collision.world.table.upper", [1.0, 1.0, -1.0])
+    with pytest.raises(RobotError, match="collision.world.table: expected lower below upper on every axis, found"):
+        load(tree)
+
+
+def test_contact_without_a_threshold_is_refused(tree, load):
+    with pytest.raises(RobotError, match="arms.arm.contact: expected a threshold: force, torque or effort, found"):
+        load(place(tree, "arms.arm.contact", {"retreat": 0.01}))
+
+
+def test_a_cell_is_made_of_parts(tree, load):
+    part = tree["model"]
+    other = dict(part, xyz=[0.0, 0.6, 0.0], rpy=[0.0, 0.0, 1.0], prefix="right_")
+    robot = load(place(tree, "model", [part, other]))
+    assert [p.prefix for p in robot.parts] == ["", "right_"]
+    np.testing.assert_array_equal(robot.parts[1].T_base_part, transform([0.0, 0.6, 0.0], [0.0, 0.0, 1.0]))
+    assert robot.files == "panda.urdf, panda.urdf"
+
+
+def test_a_fault_of_a_part_is_named_with_its_place_in_the_list(tree, load):
+    part = tree["model"]
+    with pytest.raises(RobotError, match=r"robot.yaml: model\[1\].xyz: missing"):
+        load(place(tree, "model", [part, {k: v for k, v in part.items() if k != "xyz"}]))
 
 
 @pytest.mark.parametrize("path", ["model.file", "cameras.scene.calibration"])
@@ -224,7 +380,7 @@ def test_a_file_that_is_not_there_is_named():
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(RobotError, match="robot 'pandda': expected a YAML file or one of .*'aloha', 'panda'"):
+    with pytest.raises(RobotError, match="robot 'pandda': expected a YAML file or one of .*'aloha', .*'panda'"):
         load_robot("pandda")
 
 
@@ -256,7 +412,7 @@ def test_robots_are_found_by_name_from_any_folder(tmp_path, workspace):
 def test_the_shipped_robots_are_whole(name):
     robot = load_robot(name)
     assert robot.name == name and robot.base_frame == "world"
-    assert robot.model.is_file()
+    assert all(part.file.is_file() for part in robot.parts)
     assert robot.joint_names == tuple(j for arm in robot.arms for j in arm.joints)
     for arm in robot.arms:
         assert robot.arm(arm.name) is arm
@@ -269,7 +425,7 @@ def test_the_shipped_robots_are_whole(name):
 
 def test_panda_limits_lie_within_those_of_the_urdf():
     robot = load_robot("panda")
-    model = pinocchio.buildModelFromUrdf(str(robot.model))
+    model = pinocchio.buildModelFromUrdf(str(robot.parts[0].file))
     arm = robot.arms[0]
     index = [model.joints[model.getJointId(j)].idx_q for j in arm.joints]
     assert (arm.limits.lower >= model.lowerPositionLimit[index] - 1e-9).all()
@@ -283,7 +439,7 @@ def test_panda_limits_lie_within_those_of_the_urdf():
 def test_arrays_cannot_be_changed():
     arm = load_robot("panda").arms[0]
     arrays = [arm.home, arm.tool.T_link_tool, arm.limits.lower, arm.limits.acceleration, arm.workspace.upper]
-    for array in [*arrays, load_robot("panda").T_base_model]:
+    for array in [*arrays, load_robot("panda").parts[0].T_base_part]:
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
 

@@ -1,8 +1,7 @@
 """Forward and inverse kinematics of the robot description, on MuJoCo (URDF and MJCF alike).
 
 Each arm is a chain of its own: from the robot's model only the bodies between the root and the tool link are
-kept, without geometry, the model's place in the base frame and the tool frame built in. So q is the whole
-state, and other arms and fingers cost nothing.
+kept, without geometry, the tool frame built in. So q is the whole state, and other arms and fingers cost nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import mujoco
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vla_core.robot import Arm, Robot, RobotError, resolve_uri
+from vla_core.robot import Arm, ModelPart, Robot, RobotError, resolve_uri
 
 _TOOL = "tool"
 _IDENTITY = np.eye(6)
@@ -25,7 +24,7 @@ class KinematicsError(ValueError):
 
 
 def load_spec(robot: Robot, geometry: bool = True) -> mujoco.MjSpec:
-    """The robot's model as an editable MuJoCo specification, not yet placed in the base frame.
+    """The robot's model as an editable MuJoCo specification in the base frame, all its parts together.
 
     A URDF is read with its `package://` meshes resolved and every fixed link kept as a body; of its geometry
     the collision part is kept (visual meshes are often COLLADA, which MuJoCo does not read).
@@ -34,17 +33,43 @@ def load_spec(robot: Robot, geometry: bool = True) -> mujoco.MjSpec:
         geometry: False leaves out a URDF's geometry, so that no mesh files are needed.
 
     Raises:
-        RobotError: a file that is no model, or a mesh that is missing.
+        RobotError: a file that is no model, a mesh that is missing, or names that two parts share.
     """
+    if len(robot.parts) == 1 and not robot.parts[0].prefix:
+        part = robot.parts[0]
+        spec = _part_spec(robot, part, geometry)
+        if np.array_equal(part.T_base_part, np.eye(4)):
+            return spec
+    cell = mujoco.MjSpec()
+    cell.compiler.degree = False
+    taken: set[str] = set()
+    for part in robot.parts:
+        spec, T = _part_spec(robot, part, geometry), part.T_base_part
+        names = {part.prefix + thing.name for thing in (*spec.bodies[1:], *spec.joints)}  # bodies[0] is the world
+        if shared := sorted(taken & names):
+            raise RobotError(
+                f"{robot.path}: model: expected parts whose links and joints have names of their own (give each a "
+                f"prefix), found {shared} again in {part.file.name} with prefix {part.prefix!r}"
+            )
+        taken |= names
+        frame = cell.worldbody.add_frame(pos=T[:3, 3], quat=_quat(T))
+        try:
+            cell.attach(spec, prefix=part.prefix, frame=frame)
+        except ValueError as error:
+            raise RobotError(f"{robot.path}: model: {part.file} with prefix {part.prefix!r}: {error}") from error
+    return cell
+
+
+def _part_spec(robot: Robot, part: ModelPart, geometry: bool) -> mujoco.MjSpec:
     try:
-        if robot.model.suffix.lower() == ".urdf":
-            return mujoco.MjSpec.from_string(_urdf_for_mujoco(robot.model, geometry))
-        return mujoco.MjSpec.from_file(str(robot.model))
+        if part.file.suffix.lower() == ".urdf":
+            return mujoco.MjSpec.from_string(_urdf_for_mujoco(part.file, geometry))
+        return mujoco.MjSpec.from_file(str(part.file))
     except RobotError:
         raise
     except (ValueError, ElementTree.ParseError) as error:
         raise RobotError(
-            f"{robot.path}: model.file: expected a URDF or MJCF model, found {robot.model}: {error}"
+            f"{robot.path}: model.file: expected a URDF or MJCF model, found {part.file}: {error}"
         ) from error
 
 
@@ -58,7 +83,7 @@ def load_model(robot: Robot, geometry: bool = True) -> mujoco.MjModel:
     try:
         model = spec.compile()
     except ValueError as error:
-        raise RobotError(f"{robot.path}: model.file: {robot.model} does not compile: {error}") from error
+        raise RobotError(f"{robot.path}: model.file: {robot.files} does not compile: {error}") from error
     for arm in robot.arms:
         where = f"{robot.path}: arms.{arm.name}"
         for joint in arm.joints:
@@ -202,7 +227,7 @@ def _chain_model(robot: Robot, arm: Arm, model: mujoco.MjModel) -> mujoco.MjMode
         bodies.insert(0, int(model.body_parentid[bodies[0]]))
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
-    parent = spec.worldbody.add_body(pos=robot.T_base_model[:3, 3], quat=_quat(robot.T_base_model))
+    parent = spec.worldbody
     order = []
     for body in bodies:
         parent = parent.add_body(
@@ -267,4 +292,4 @@ def _find(model: mujoco.MjModel, kind: mujoco.mjtObj, name: str, where: str, rob
         return
     what, count = ("joint", model.njnt) if kind == mujoco.mjtObj.mjOBJ_JOINT else ("link", model.nbody)
     known = [mujoco.mj_id2name(model, kind, i) for i in range(count)]
-    raise RobotError(f"{where}: expected a {what} of {robot.model.name} ({known}), found {name!r}")
+    raise RobotError(f"{where}: expected a {what} of {robot.files} ({known}), found {name!r}")

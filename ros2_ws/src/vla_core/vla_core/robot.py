@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from scipy.spatial.transform import Rotation
 SEARCH_PATH_VARIABLE = "VLA_ROBOT_PATH"
 #: `limits.tracking` of a joint where the description names none, rad (m): 0.1 s of lag at 5 rad/s.
 DEFAULT_TRACKING = 0.5
+#: `limits.jerk` where the description names none, as a multiple of the acceleration, 1/s: full acceleration in 10 ms.
+DEFAULT_JERK = 100.0
 
 
 class RobotError(ValueError):
@@ -31,7 +33,8 @@ class RobotError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Joint limits, arrays of shape (n,): position in rad (m), velocity in rad/s (m/s), acceleration in rad/s^2.
+    """Joint limits, arrays of shape (n,): position in rad (m), velocity in rad/s (m/s), acceleration in rad/s^2, jerk
+    in rad/s^3.
 
     `tracking`: how far a measured joint may lastingly be from its command, rad (m); a servo lags and gives way.
     """
@@ -40,6 +43,7 @@ class Limits:
     upper: np.ndarray
     velocity: np.ndarray
     acceleration: np.ndarray
+    jerk: np.ndarray
     tracking: np.ndarray
 
 
@@ -60,12 +64,80 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Cone:
+    """Where an axis of the tool may point: `axis` (3,) in the tool frame, at most `angle`, rad, from `direction` (3,)
+    in the base frame; unit vectors."""
+
+    axis: np.ndarray
+    direction: np.ndarray
+    angle: float
+
+
+@dataclass(frozen=True)
 class Tool:
     """The tool frame: fixed to model link `link` by T_link_tool (4, 4); published to TF as `frame`."""
 
     link: str
     T_link_tool: np.ndarray
     frame: str
+    cone: Cone | None = None
+
+
+@dataclass(frozen=True)
+class StartGuard:
+    """How far from where it is measured an arm's motion may begin: `joint` in rad (m), `tool` in m."""
+
+    joint: float = 0.01
+    tool: float = 0.001
+
+
+@dataclass(frozen=True)
+class Contact:
+    """What counts as a contact that nobody asked for, and what the arm then does before it stops.
+
+    force (N) and torque (N m) of the measured wrench, without what the tool weighs; effort (n,) of the joints, in the
+    driver's unit (N m or A); infinity where there is no threshold. retreat: way back along its own path, m; 0: it
+    brakes and holds where it is.
+    """
+
+    force: float
+    torque: float
+    effort: np.ndarray
+    retreat: float
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A box of the cell that links keep `margin` (m) away from: a table, a wall, a volume to keep out of.
+
+    allow: links that may touch it.
+    """
+
+    name: str
+    box: Box
+    margin: float
+    allow: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collision:
+    """What is kept apart: links of all arms from each other and from the obstacles, by `margin`, m.
+
+    allow: pairs of links that are not watched, beside neighbours in the model.
+    """
+
+    margin: float = 0.02
+    allow: tuple[tuple[str, str], ...] = ()
+    world: tuple[Obstacle, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A URDF or MJCF file of the cell: its root placed by T_base_part (4, 4), its names begun with `prefix`."""
+
+    file: Path
+    T_base_part: np.ndarray
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,10 +151,12 @@ class GripperJoint:
 
 @dataclass(frozen=True)
 class Gripper:
-    """A gripper seen as one opening, 0 closed to 1 open; `speed` is the largest change of the opening, 1/s."""
+    """A gripper seen as one opening, 0 closed to 1 open; `speed` is the largest change of the opening, 1/s, `force`
+    the most that it grips with, N, where its driver can be told so."""
 
     joints: tuple[GripperJoint, ...]
     speed: float
+    force: float | None = None
 
     def opening(self, positions: Mapping[str, float]) -> float:
         """Mean opening of the fingers, from joint name -> position (m or rad)."""
@@ -95,7 +169,8 @@ class Gripper:
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: joint names in kinematic order, home position (n,), tool, limits, workspace box, gripper."""
+    """One arm: joint names in kinematic order, home position (n,), tool, limits, workspace box, gripper; `driver`: type
+    and settings of its driver (vla_control.drivers), empty where there is none."""
 
     name: str
     joints: tuple[str, ...]
@@ -105,6 +180,9 @@ class Arm:
     tool_limits: ToolLimits
     workspace: Box
     gripper: Gripper | None
+    start: StartGuard = StartGuard()
+    contact: Contact | None = None
+    driver: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,17 +208,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Robot:
-    """A robot cell as described by its YAML file. T_base_model (4, 4) places the model's root in the base frame."""
+    """A robot cell as described by its YAML file; its model is made of one or several parts."""
 
     name: str
     path: Path
     base_frame: str
-    model: Path
-    T_base_model: np.ndarray
+    parts: tuple[ModelPart, ...]
     arms: tuple[Arm, ...]
     cameras: tuple[Camera, ...]
     rates: Rates
     simulation: Mapping[str, Any]
+    collision: Collision = Collision()
 
     def arm(self, name: str) -> Arm:
         """The arm called `name`."""
@@ -149,6 +227,11 @@ class Robot:
     def camera(self, name: str) -> Camera:
         """The camera called `name`."""
         return _named(self.cameras, name, f"robot {self.name}: camera")
+
+    @property
+    def files(self) -> str:
+        """Names of the model's files, for messages."""
+        return ", ".join(part.file.name for part in self.parts)
 
     @property
     def arm_names(self) -> tuple[str, ...]:
@@ -309,6 +392,12 @@ class _Node:
             raise self.fail("a finite number")
         return float(self.value)
 
+    def not_negative(self) -> float:
+        number = self.number()
+        if number < 0:
+            raise self.fail("a number that is not negative")
+        return number
+
     def integer(self) -> int:
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value <= 0:
             raise self.fail("a whole number above zero")
@@ -324,12 +413,31 @@ class _Node:
         array.setflags(write=False)
         return array
 
+    def direction(self) -> np.ndarray:
+        """A vector (3,) of any length above zero, made a unit vector."""
+        vector = self.vector(3)
+        length = np.linalg.norm(vector)
+        if length < 1e-6:
+            raise self.fail("a direction")
+        unit = vector / length
+        unit.setflags(write=False)
+        return unit
+
     def texts(self) -> tuple[str, ...]:
         if not isinstance(self.value, list) or not self.value or not all(isinstance(v, str) for v in self.value):
             raise self.fail("a list of names")
         if len(set(self.value)) != len(self.value):
             raise self.fail("names that differ")
         return tuple(self.value)
+
+    def elements(self) -> list[_Node]:
+        if not isinstance(self.value, list) or not self.value:
+            raise self.fail("a list with at least one entry")
+        return [_Node(value, self.file, f"{self.path}[{k}]") for k, value in enumerate(self.value)]
+
+    def one_or_more(self) -> list[_Node]:
+        """The entries of a list, or the value itself."""
+        return self.elements() if isinstance(self.value, list) else [self]
 
     def items(self) -> list[tuple[str, _Node]]:
         if not isinstance(self.value, dict) or not self.value:
@@ -343,12 +451,7 @@ class _Node:
 
 
 def _read_robot(root: _Node, path: Path) -> Robot:
-    mount = root.get("model")
-    model = mount.get("file").location(path.parent)
-    if not model.is_file():
-        raise mount.get("file").fail("an existing URDF or MJCF file")
-    T_base_model = _pose(mount)
-    mount.close()
+    parts = tuple(_read_part(node, path) for node in root.get("model").one_or_more())
     rates_node = root.get("rates")
     rates = Rates(rates_node.get("control").positive(), rates_node.get("observation").positive())
     rates_node.close()
@@ -365,12 +468,12 @@ def _read_robot(root: _Node, path: Path) -> Robot:
         name=root.get("name").text(),
         path=path,
         base_frame=root.get("base_frame").text(),
-        model=model,
-        T_base_model=T_base_model,
+        parts=parts,
         arms=arms,
         cameras=cameras,
         rates=rates,
         simulation=simulation.mapping() if simulation else {},
+        collision=_read_collision(root.get("collision", None)),
     )
     root.close()
     return robot
@@ -387,11 +490,15 @@ def _read_arm(name: str, node: _Node) -> Arm:
     n = len(joints)
     limits_node = node.get("limits")
     bounds = [limits_node.get(k).vector(n) for k in ("lower", "upper", "velocity", "acceleration")]
-    tracking = limits_node.get("tracking", None)
-    limits = Limits(*bounds, tracking.vector(n) if tracking else np.full(n, DEFAULT_TRACKING))
+    jerk, tracking = limits_node.get("jerk", None), limits_node.get("tracking", None)
+    limits = Limits(
+        *bounds,
+        jerk=jerk.vector(n) if jerk else DEFAULT_JERK * bounds[-1],
+        tracking=tracking.vector(n) if tracking else np.full(n, DEFAULT_TRACKING),
+    )
     if not (limits.lower < limits.upper).all():
         raise limits_node.fail("lower below upper for every joint")
-    for key in ("velocity", "acceleration", "tracking"):
+    for key in ("velocity", "acceleration", "jerk", "tracking"):
         if not (getattr(limits, key) > 0).all():
             raise limits_node.get(key).fail("numbers above zero")
     limits_node.close()
@@ -399,7 +506,7 @@ def _read_arm(name: str, node: _Node) -> Arm:
     if not ((home >= limits.lower) & (home <= limits.upper)).all():
         raise node.get("home").fail("a position inside limits.lower and limits.upper")
     tool_node = node.get("tool")
-    tool = Tool(tool_node.get("link").text(), _pose(tool_node), f"{name}_tool")
+    tool = Tool(tool_node.get("link").text(), _pose(tool_node), f"{name}_tool", _read_cone(tool_node.get("cone", None)))
     tool_limits = ToolLimits(tool_node.get("speed").positive(), tool_node.get("rotation").positive())
     tool_node.close()
     box_node = node.get("workspace")
@@ -409,8 +516,86 @@ def _read_arm(name: str, node: _Node) -> Arm:
     box_node.close()
     gripper_node = node.get("gripper", None)
     gripper = _read_gripper(gripper_node) if gripper_node else None
+    start, driver = _read_start(node.get("start", None)), node.get("driver", None)
+    if driver:
+        driver.get("type").text()
+    contact = _read_contact(node.get("contact", None), n)
     node.close()
-    return Arm(name, joints, home, tool, limits, tool_limits, box, gripper)
+    return Arm(
+        name, joints, home, tool, limits, tool_limits, box, gripper, start, contact, driver.mapping() if driver else {}
+    )
+
+
+def _read_part(node: _Node, path: Path) -> ModelPart:
+    file = node.get("file").location(path.parent)
+    if not file.is_file():
+        raise node.get("file").fail("an existing URDF or MJCF file")
+    prefix = node.get("prefix", None)
+    part = ModelPart(file, _pose(node), prefix.text() if prefix else "")
+    node.close()
+    return part
+
+
+def _read_cone(node: _Node | None) -> Cone | None:
+    if node is None:
+        return None
+    cone = Cone(node.get("axis").direction(), node.get("direction").direction(), node.get("angle").positive())
+    if cone.angle >= np.pi:
+        raise node.get("angle").fail("an angle below pi")
+    node.close()
+    return cone
+
+
+def _read_start(node: _Node | None) -> StartGuard:
+    if node is None:
+        return StartGuard()
+    guard = StartGuard(node.get("joint").positive(), node.get("tool").positive())
+    node.close()
+    return guard
+
+
+def _read_contact(node: _Node | None, n: int) -> Contact | None:
+    if node is None:
+        return None
+    force, torque, effort, retreat = (node.get(key, None) for key in ("force", "torque", "effort", "retreat"))
+    if not (force or torque or effort):
+        raise node.fail("a threshold: force, torque or effort")
+    contact = Contact(
+        force=force.positive() if force else np.inf,
+        torque=torque.positive() if torque else np.inf,
+        effort=effort.vector(n) if effort else np.full(n, np.inf),
+        retreat=retreat.number() if retreat else 0.0,
+    )
+    if not (contact.effort > 0).all():
+        raise effort.fail("numbers above zero")
+    if not 0.0 <= contact.retreat <= 0.2:
+        raise retreat.fail("0 to 0.2 m")
+    node.close()
+    return contact
+
+
+def _read_collision(node: _Node | None) -> Collision:
+    if node is None:
+        return Collision()
+    given, allow, world = (node.get(key, None) for key in ("margin", "allow", "world"))
+    margin = given.not_negative() if given else Collision.margin
+    pairs = tuple(pair.texts() for pair in allow.elements()) if allow else ()
+    for k, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise allow.elements()[k].fail("a pair of links")
+    obstacles = tuple(_read_obstacle(name, entry, margin) for name, entry in world.items()) if world else ()
+    node.close()
+    return Collision(margin, pairs, obstacles)
+
+
+def _read_obstacle(name: str, node: _Node, margin: float) -> Obstacle:
+    box = Box(node.get("lower").vector(3), node.get("upper").vector(3))
+    if not (box.lower < box.upper).all():
+        raise node.fail("lower below upper on every axis")
+    own, allow = node.get("margin", None), node.get("allow", None)
+    obstacle = Obstacle(name, box, own.not_negative() if own else margin, allow.texts() if allow else ())
+    node.close()
+    return obstacle
 
 
 def _read_gripper(node: _Node) -> Gripper:
@@ -421,7 +606,8 @@ def _read_gripper(node: _Node) -> Gripper:
             raise joint.fail("`closed` and `open` that differ")
         joint.close()
         joints.append(GripperJoint(name, closed, opened))
-    gripper = Gripper(tuple(joints), node.get("speed").positive())
+    force = node.get("force", None)
+    gripper = Gripper(tuple(joints), node.get("speed").positive(), force.positive() if force else None)
     node.close()
     return gripper
 
