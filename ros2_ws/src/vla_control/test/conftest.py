@@ -114,18 +114,20 @@ class Rig:
         outside = self.outside(name, target.position)
         far = np.maximum(target.position - limits.upper, limits.lower - target.position)
         if before is None:
-            before = (self.position[name], np.zeros(len(limits.lower)), self.gripper[name], outside, far)
-        q, v, gripper, was_outside, was_far = before
-        assert np.abs(target.velocity).max() <= (limits.velocity + TOLERANCE).max()
+            rest = np.zeros(len(limits.lower))
+            before = (self.position[name], rest, rest, self.gripper[name], outside, far)
+        q, v, a, gripper, was_outside, was_far = before
+        change = (target.velocity - v) / self.period
         assert (np.abs(target.velocity) <= limits.velocity + TOLERANCE).all()
-        assert (np.abs(target.velocity - v) <= limits.acceleration * self.period + TOLERANCE).all()
+        assert (np.abs(change) <= limits.acceleration + TOLERANCE / self.period).all()
+        assert (np.abs(change - a) <= limits.jerk * self.period + TOLERANCE / self.period).all()
         assert np.abs(target.position - q - target.velocity * self.period).max() < TOLERANCE
         assert (far <= np.maximum(was_far, 0.0) + TOLERANCE).all()
         assert outside <= max(was_outside, WALL) + TOLERANCE
         if arm.gripper:
             assert 0.0 <= target.gripper <= 1.0
             assert abs(target.gripper - gripper) <= arm.gripper.speed * self.period + TOLERANCE
-        self._judged[name] = (target.position, target.velocity, target.gripper, outside, far)
+        self._judged[name] = (target.position, target.velocity, change, target.gripper, outside, far)
 
     def outside(self, name, q):
         """How far the tool is outside its workspace at q, m; negative inside."""

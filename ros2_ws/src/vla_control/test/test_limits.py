@@ -3,7 +3,8 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vla_control.limits import RETURN_SPEED, approach_speed, braking_speed, velocity_bounds
+from vla_control.kernels import approach, braking
+from vla_control.limits import RETURN_SPEED, velocity_bounds
 from vla_core.robot import Limits
 
 PERIOD = 0.01
@@ -11,12 +12,12 @@ PERIOD = 0.01
 
 def limits(acceleration=5.0, velocity=2.0):
     ones = np.ones(1)
-    return Limits(-ones, ones, velocity * ones, acceleration * ones, 0.5 * ones)
+    return Limits(-ones, ones, velocity * ones, acceleration * ones, 100 * acceleration * ones, 0.5 * ones)
 
 
 @given(st.floats(0.0, 10.0), st.floats(0.1, 50.0), st.floats(1e-3, 0.05))
 def test_braking_from_the_largest_speed_ends_within_the_distance(distance, acceleration, period):
-    speed, gone = float(braking_speed(distance, acceleration, period)), 0.0
+    speed, gone = float(braking(distance, acceleration, period)), 0.0
     assert speed >= 0.0
     while speed > 0.0:
         gone += speed * period
@@ -26,14 +27,14 @@ def test_braking_from_the_largest_speed_ends_within_the_distance(distance, accel
 
 @given(st.floats(0.0, 10.0), st.floats(0.1, 50.0))
 def test_the_next_braking_speed_is_within_reach(distance, acceleration):
-    speed = float(braking_speed(distance, acceleration, PERIOD))
-    after = float(braking_speed(max(distance - speed * PERIOD, 0.0), acceleration, PERIOD))
+    speed = float(braking(distance, acceleration, PERIOD))
+    after = float(braking(max(distance - speed * PERIOD, 0.0), acceleration, PERIOD))
     assert after >= speed - acceleration * PERIOD - 1e-9
 
 
 @given(st.floats(1e-12, 3.0))
 def test_beyond_a_limit_the_way_is_back_and_slow(excess):
-    speed = float(approach_speed(np.array(-excess), 5.0, PERIOD))
+    speed = float(approach(-excess, 5.0, PERIOD, RETURN_SPEED))
     assert -RETURN_SPEED <= speed <= 0.0
     assert -speed * PERIOD <= excess
 
@@ -48,7 +49,8 @@ def test_any_choice_within_the_bounds_keeps_every_limit(choices, start, accelera
     bound = limits(acceleration)
     q, v = np.array([start]), np.zeros(1)
     for choice in choices:
-        lower, upper = velocity_bounds(q, v, bound, PERIOD)[:2]
+        bounds = velocity_bounds(q, v, bound, PERIOD)
+        lower, upper = bounds.lower, bounds.upper
         assert lower <= upper
         chosen = lower + (0.5 + 0.5 * choice) * (upper - lower)
         assert np.abs(chosen - v) <= acceleration * PERIOD + 1e-12
@@ -71,15 +73,16 @@ def test_full_speed_towards_a_limit_ends_at_it():
 def test_each_bound_is_named_for_what_makes_it():
     bound = limits()
     one, rest = np.ones(1), np.zeros(1)
-    here, nowhere = np.array([True]), np.array([False])
+    joint = slice(0, 1)
 
     def upper(q, v):
-        return velocity_bounds(q, v, bound, PERIOD).made_by(nowhere, here)
+        bounds = velocity_bounds(q, v, bound, PERIOD)
+        return bounds.made_by(bounds.upper, joint)
 
     assert upper(rest, rest) == ["acceleration"]
     assert upper(rest, 1.99 * one) == ["velocity"]
     assert upper(one, rest) == ["position"]
     low = velocity_bounds(-one, rest, bound, PERIOD)
-    assert low.made_by(here, nowhere) == ["position"]
-    assert low.made_by(here, here) == ["acceleration", "position"]
-    assert low.made_by(nowhere, nowhere) == []
+    assert low.made_by(low.lower, joint) == ["position"]
+    assert low.made_by(low.upper, joint) == ["acceleration"]
+    assert low.made_by(0.5 * (low.lower + low.upper), joint) == []

@@ -5,7 +5,7 @@ import pytest
 from vla_control.command import ArmCommand, CommandRefused
 from vla_control.safety import Measured, State
 
-STEPS = {"panda": 12_000, "aloha": 8_000}
+STEPS = {"panda": 4_000, "aloha": 4_000}
 
 
 class Attacker:
@@ -23,13 +23,15 @@ class Attacker:
                 rig.arm()
             if rng.random() < 0.004:
                 self.interfere()
-            command = None if rng.random() < 0.05 else self.command()
+            silent = k % 120 < self.silence or rng.random() < 0.05
+            command = None if silent else self.command()
             rig.step(command, self.measured())
             if rng.random() < 0.001:
                 rig.ticks = max(0, rig.ticks + int(rng.integers(-200, 200)))  # the clock jumps
 
     def turn(self):
         rng = self.rng
+        self.silence = rng.choice([0, 0, 0, 80])
         self.joint_mode = rng.random() < 0.4
         self.period = rng.choice([0.01, 0.01, 0.02, 0.033, 0.1])
         self.push = {a.name: rng.normal(size=6) for a in self.rig.robot.arms}
@@ -111,7 +113,7 @@ def test_no_limit_is_broken_by_fuzzed_commands(name, request, make_rig):
     rig = make_rig(request.getfixturevalue(name))
     Attacker(rig, 1).run(STEPS[name])
     states = {d.state for d in rig.history}
-    assert states >= {State.DISARMED, State.HOLDING, State.RUNNING, State.STOPPING, State.STOPPED}
+    assert states >= {State.DISARMED, State.ARMED, State.HOLDING, State.RUNNING, State.STOPPING, State.STOPPED}
     assert State.FAULT not in states
     assert sum(d.state == State.RUNNING for d in rig.history) > 0.3 * STEPS[name]
     assert rig.controller.refusals.keys() >= {

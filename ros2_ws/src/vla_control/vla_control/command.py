@@ -37,7 +37,7 @@ class Command:
     """One period of motion for all arms of the robot.
 
     stamp: when it was made, s of the ROS clock. sequence: counts up per source. period: s. hold: brake smoothly and
-    stay; `arms` is ignored.
+    stay; `arms` is ignored. observation: time of the observation it rests on, s, NaN for none (teleoperation).
     """
 
     stamp: float
@@ -47,6 +47,7 @@ class Command:
     hold: bool = False
     arms: Mapping[str, ArmCommand] = field(default_factory=dict)
     frame: str = ""
+    observation: float = math.nan
 
 
 def check(command: Command, robot: Robot) -> None:
