@@ -11,6 +11,14 @@ setup(
         ("share/" + package, ["package.xml"]),
     ],
     install_requires=["setuptools"],
+    # One for each driver of vla_control.drivers that needs a library; versions are in ros2_ws/requirements*.txt.
+    extras_require={
+        "dynamixel": ["dynamixel-sdk"],
+        "feetech": ["feetech-servo-sdk"],
+        "franka": ["franky-control"],
+        "piper": ["python-can"],
+        "xarm": ["xarm-python-sdk"],
+    },
     zip_safe=True,
     maintainer="The VLA stack developers",
     maintainer_email="dev@example.com",
@@ -18,7 +26,9 @@ setup(
     license="Apache-2.0",
     entry_points={
         "console_scripts": [
+            "driver_node = vla_control.driver_node:main",
             "safety_controller_node = vla_control.safety_controller_node:main",
+            "stop = vla_control.stop:main",
         ],
     },
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from vla_control.drivers import ArmDriver, ArmTarget
 
 
 class Rig(ABC):
@@ -64,3 +66,42 @@ class Rig(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of everything."""
+
+
+class RealTimeRig(Rig):
+    """A device in real time."""
+
+    def time(self) -> float:
+        return time.monotonic()
+
+    def wait(self, duration: float) -> None:
+        time.sleep(duration)
+
+
+def target(position, opening: float | None = None) -> ArmTarget:
+    """A target at rest."""
+    return ArmTarget(np.array(position, float), np.zeros(len(position)), opening)
+
+
+def drive(rig: Rig, driver: ArmDriver, goal, duration: float, opening: float | None = None, speed: float = 0.5) -> None:
+    """Send targets on the way to `goal` (n,) as a controller does: one a period, at `speed`, rad/s, at most."""
+    period = driver.arm.period
+    at = driver.read().position
+    for _ in range(int(duration / period)):
+        at = at + np.clip(goal - at, -speed * period, speed * period)
+        driver.send(target(at, opening))
+        rig.wait(period)
+        driver.read()
+
+
+def move(rig: Rig, driver: ArmDriver, change: float = 0.1, duration: float = 0.4, speed: float = 0.5) -> None:
+    """Drive every joint by `change`, rad."""
+    drive(rig, driver, driver.read().position + change, duration, speed=speed)
+
+
+def until(holds: Callable[[], object], limit: float = 30.0) -> None:
+    """Wait until something holds; the limit, s, is a deadline, not an expectation: machines that run tests are busy."""
+    end = time.monotonic() + limit
+    while not holds():
+        assert time.monotonic() < end, "did not happen"
+        time.sleep(0.005)

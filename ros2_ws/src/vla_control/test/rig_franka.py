@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from driver_rig import Rig
+from driver_rig import RealTimeRig
 
 
 class FrankaArm:
@@ -222,7 +222,7 @@ def doubles(arm: FrankaArm):
     return Robot, Gripper
 
 
-class FrankaRig(Rig):
+class FrankaRig(RealTimeRig):
     driver = "franka"
     boundary = "a recorded-session double at the vendor's library: franky.Robot and franky.Gripper are doubles"
     joints, gripper, resolution = 7, True, 1e-6
@@ -239,12 +239,6 @@ class FrankaRig(Rig):
             "name": "left", "joints": [f"joint{i + 1}" for i in range(7)], "gripper": True, "address": "172.16.0.2",
             "stale": 0.8, **self.extra,
         }  # fmt: skip
-
-    def time(self):
-        return time.monotonic()
-
-    def wait(self, duration):
-        time.sleep(duration)
 
     def position(self):
         self.arm.move()

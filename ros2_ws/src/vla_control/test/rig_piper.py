@@ -58,6 +58,7 @@ class Piper:
         self.control = self.status = self.move = self.percent = 0
         self.state, self.asked = [0] * 6, [0] * 6
         self.state_gripper = 1 << 7
+        self.every = 4  # the drives' states come with one report of so many
         self.errors = (0, 0)
 
     def powered(self) -> bool:
@@ -73,7 +74,7 @@ class Piper:
                         self.take(message.arbitration_id, bytes(message.data))
                 self.step(PERIOD)
                 if not self.silent:
-                    self.report(slow=k % 4 == 0)
+                    self.report(slow=k % self.every == 0)
             self.let_read()
             self.now += PERIOD
             time.sleep(PERIOD)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
-from driver_rig import Rig
+from driver_rig import RealTimeRig
 from servo_emulator import Bus
 
 
-class ServoRig(Rig):
+class ServoRig(RealTimeRig):
     """ids, zero, sign: of the joints' servos, as the settings say them. followers: servo -> those on the same joint."""
 
     gripper = True
@@ -20,12 +18,6 @@ class ServoRig(Rig):
     followers: dict[int, list[int]] = {}
     gripper_id: int
     bus: Bus
-
-    def time(self):
-        return time.monotonic()
-
-    def wait(self, duration):
-        time.sleep(duration)
 
     def _places(self) -> np.ndarray:
         self.bus.advance()

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from driver_rig import Rig
+from driver_rig import RealTimeRig
 
 #: Each rig has an address of its own, since the report's port is fixed.
 _ADDRESSES = itertools.count(1)
@@ -254,7 +254,7 @@ class ControlBox:
                 return
 
 
-class XarmRig(Rig):
+class XarmRig(RealTimeRig):
     driver = "xarm"
     boundary = "the vendor's library against an emulated control box on loopback (its protocol, ports 502, 503, 30003)"
     joints, gripper, resolution = 7, True, 2e-6
@@ -277,12 +277,6 @@ class XarmRig(Rig):
             # Far above what the hardware needs, since the machine that runs the tests may be busy.
             "address": self.box.address, "timeout": 1.5, "stale": 0.8, "patience": 20.0, **self.extra,
         }  # fmt: skip
-
-    def time(self):
-        return time.monotonic()
-
-    def wait(self, duration):
-        time.sleep(duration)
 
     def position(self):
         self.box.move()

@@ -94,7 +94,7 @@ class Bus(ABC):
     for another place than where it was.
     """
 
-    late = 0.06
+    late = 0.15
 
     def __init__(self, servos: list[Servo]):
         self.servos = {servo.number: servo for servo in servos}

@@ -8,6 +8,7 @@ import pytest
 
 franky = pytest.importorskip("franky")
 
+from driver_rig import move, target, until  # noqa: E402
 from rig_franka import FrankaRig  # noqa: E402
 from vla_control.drivers import ArmTarget, DriverError, load_driver  # noqa: E402
 
@@ -29,26 +30,6 @@ def driver(rig):
     made.close()
 
 
-def target(position, opening=None) -> ArmTarget:
-    return ArmTarget(np.array(position, float), np.zeros(7), opening)
-
-
-def move(rig, driver, change=0.1, duration=0.4) -> None:
-    at = driver.read().position
-    goal = at + change
-    for _ in range(int(duration / driver.arm.period)):
-        at = at + np.clip(goal - at, -0.5 * driver.arm.period, 0.5 * driver.arm.period)
-        driver.send(target(at))
-        rig.wait(driver.arm.period)
-
-
-def until(rig, holds, limit=3.0) -> None:
-    end = rig.time() + limit
-    while not holds():
-        assert rig.time() < end
-        rig.wait(0.01)
-
-
 def test_the_arm_is_under_impedance_with_a_streaming_reference(rig, driver):
     driver.connect()
     motion = rig.arm.motion
@@ -57,7 +38,7 @@ def test_the_arm_is_under_impedance_with_a_streaming_reference(rig, driver):
     move(rig, driver)
     assert rig.arm.motion is motion, "no target replaces the motion"
     driver.send(ArmTarget(rig.position(), np.full(7, 0.25)))
-    until(rig, lambda: np.allclose(motion.get_reference().dq, 0.25))
+    until(lambda: np.allclose(motion.get_reference().dq, 0.25))
 
 
 def test_effort_and_wrench_are_the_arms(rig, driver):
@@ -74,7 +55,7 @@ def test_a_reflex_halts_the_arm_until_connect_clears_it(rig, driver, error):
     driver.connect()
     move(rig, driver)
     rig.arm.reflex(error)
-    until(rig, lambda: error in driver.read().halted)
+    until(lambda: error in driver.read().halted)
     with pytest.raises(DriverError, match=f"arm left: franka 172.16.0.2: expected an arm that follows.*{error}"):
         driver.send(target(rig.position()))
     at = rig.position()
@@ -91,7 +72,7 @@ def test_a_target_far_away_is_a_reflex_not_a_motion(rig, driver):
     driver.connect()
     at = rig.position()
     driver.send(target(at + 1.0))
-    until(rig, lambda: "joint_velocity_violation" in driver.read().halted)
+    until(lambda: "joint_velocity_violation" in driver.read().halted)
     np.testing.assert_allclose(rig.position(), at)
 
 
@@ -107,7 +88,7 @@ def test_errors_that_stay_refuse_the_connection(rig, driver):
 def test_the_user_stop_halts_and_must_be_released(rig, driver):
     driver.connect()
     rig.arm.press()
-    until(rig, lambda: "User Stop" in driver.read().halted)
+    until(lambda: "User Stop" in driver.read().halted)
     with pytest.raises(DriverError, match="user stop"):
         driver.connect()
     rig.arm.press(False)
@@ -174,7 +155,7 @@ def test_a_state_that_stands_still_is_an_error(rig):
 def test_a_stop_of_category_0_ends_the_control_loop(rig, driver):
     driver.connect()
     assert driver.stop(0) == 2
-    until(rig, lambda: rig.arm.motion is None)
+    until(lambda: rig.arm.motion is None)
     assert rig.arm.mode == franky.RobotMode.Idle
     assert driver.read().halted == "stopped, category 2"
 
@@ -183,7 +164,7 @@ def test_the_hand_grips_with_force_when_it_closes_and_keeps_its_grip_in_a_stop(r
     driver.connect()
     rig.arm.object = 0.03
     driver.send(target(rig.position(), 0.0))
-    until(rig, lambda: rig.arm.gripped and abs(driver.read().gripper - 0.03 / 0.08) < 0.01)
+    until(lambda: rig.arm.gripped and abs(driver.read().gripper - 0.03 / 0.08) < 0.01)
     driver.stop(2)
     rig.wait(0.2)
     assert rig.arm.gripped and rig.arm.width == pytest.approx(0.03, abs=1e-3)
@@ -191,7 +172,7 @@ def test_the_hand_grips_with_force_when_it_closes_and_keeps_its_grip_in_a_stop(r
     rig.wait(0.3)
     assert rig.arm.gripped, "connecting does not move the hand"
     driver.send(target(rig.position(), 1.0))
-    until(rig, lambda: driver.read().gripper > 0.98)
+    until(lambda: driver.read().gripper > 0.98)
     assert not rig.arm.gripped
 
 
@@ -204,7 +185,7 @@ def test_a_hand_that_is_not_homed_is_refused(rig, driver):
 def test_threads_end_with_close(rig, driver):
     before = {thread.name for thread in threading.enumerate()}
     driver.connect()
-    assert {"left franka", "left hand"} <= {thread.name for thread in threading.enumerate()}
+    assert {"left franka", "left franka gripper"} <= {thread.name for thread in threading.enumerate()}
     driver.close()
     assert {thread.name for thread in threading.enumerate()} <= before
     assert rig.arm.motion is None
@@ -213,3 +194,51 @@ def test_threads_end_with_close(rig, driver):
 def test_an_arm_of_another_size_is_refused():
     with pytest.raises(DriverError, match="expected 7 joints and stiffnesses, found 6 and 7"):
         load_driver("franka", {"joints": list("abcdef"), "address": "x"})
+
+
+def test_a_connection_that_comes_up_too_late_is_given_back(rig):
+    driver = load_driver("franka", {**rig.config(), "patience": 1.0}, rig.time)
+    made, gates, waiting = franky.Robot, [threading.Event(), threading.Event()], []
+
+    class Late(made):
+        def __init__(self, *arguments, **keywords):
+            gate = gates[len(waiting)]
+            waiting.append(gate)
+            gate.wait(30.0)
+            super().__init__(*arguments, **keywords)
+
+    franky.Robot = Late
+    with pytest.raises(DriverError, match="expected an arm that answers at FCI, found: no end after 1 s"):
+        driver.connect()
+    again = threading.Thread(target=driver.connect)
+    again.start()
+    until(lambda: len(waiting) == 2)
+    gates[0].set()
+    until(lambda: rig.arm.client is not None and rig.arm.client() is None)
+    gates[1].set()
+    again.join()
+    move(rig, driver)
+    driver.close()
+
+
+def test_a_thread_late_from_the_connection_before_does_not_spoil_the_next(rig):
+    driver = load_driver("franka", {**rig.config(), "patience": 0.5}, rig.time)
+    driver.connect()
+    let_go, stuck = threading.Event(), threading.Event()
+    old = rig.arm.client()
+
+    def hangs():
+        stuck.set()
+        let_go.wait(30.0)
+        raise franky.NetworkException("libfranka: UDP receive: Timeout")
+
+    old.poll_motion = hangs
+    assert stuck.wait(5.0)
+    driver.close()
+    rig.arm.client = None  # the arm has given the dead connection up
+    driver.connect()
+    let_go.set()
+    rig.wait(0.3)
+    assert driver.read().halted == ""
+    move(rig, driver)
+    driver.close()

@@ -1,14 +1,14 @@
 """The driver of AgileX Piper against an emulated arm on python-can's virtual bus, and its frames against piper_sdk."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
 
 can = pytest.importorskip("can")
+from driver_rig import target, until  # noqa: E402
 from rig_piper import PiperRig  # noqa: E402
-from vla_control.drivers import ArmTarget, DriverError, load_driver  # noqa: E402
+from vla_control.drivers import DriverError, load_driver  # noqa: E402
 
 #: The emulated device keeps real time.
 pytestmark = pytest.mark.slow
@@ -26,17 +26,6 @@ def driver(rig):
     made = load_driver("piper", rig.config(), rig.time)
     yield made
     made.close()
-
-
-def target(position, opening=None):
-    return ArmTarget(np.asarray(position, float), np.zeros(6), opening)
-
-
-def until(condition, limit=60.0):
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def halted(driver) -> str:
@@ -453,3 +442,15 @@ def test_the_vendors_parser_reads_the_emulated_arm_as_we_do(rig, driver):
     assert (int(message.arm_status_msgs.ctrl_mode), int(message.arm_status_msgs.arm_status)) == (1, 0)
     assert state.gripper == pytest.approx(message.gripper_feedback.grippers_angle / 70000)
     assert message.gripper_feedback.foc_status.driver_enable_status
+
+
+def test_drives_that_are_slow_to_say_that_a_reset_let_go_are_enabled_again(rig, driver):
+    rig.arm.every = 40
+    driver.connect()
+    driver.stop(0)
+    rig.wait(0.3)
+    driver.connect()
+    assert rig.powered()
+    for _ in range(30):
+        driver.send(target(driver.read().position))
+        rig.wait(0.01)

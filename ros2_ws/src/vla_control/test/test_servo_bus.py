@@ -1,14 +1,14 @@
 """What arms of serial servos do when the bus, the power or a servo fails: Dynamixel and Feetech alike."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
+from driver_rig import target, until
 from rig_dynamixel import DynamixelRig
 from rig_feetech import FeetechRig
 from servo_emulator import SYNC_WRITE, WRITE
-from vla_control.drivers import ArmTarget, DriverError, load_driver
+from vla_control.drivers import DriverError, load_driver
 
 #: The emulated device keeps real time.
 pytestmark = pytest.mark.slow
@@ -35,17 +35,6 @@ def make(rig):
     yield make
     for driver in drivers:
         driver.close()
-
-
-def target(position, opening=None):
-    return ArmTarget(np.asarray(position, float), np.zeros(len(position)), opening)
-
-
-def until(condition, seconds=3.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.005)
 
 
 def drive(rig, driver, goal, duration):

@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from driver_rig import move, target, until
 from rig_ur import UrRig, _python, ur_rig
-from vla_control.drivers import ArmTarget, DriverError, load_driver
+from vla_control.drivers import DriverError, load_driver
 from vla_control.drivers.ur import PROGRAM
 
 #: The emulated device keeps real time.
@@ -30,28 +31,6 @@ def _driver(rig, **settings):
     made = load_driver("ur", {**rig.config(), **settings}, rig.time)
     yield made
     made.close()
-
-
-def target(position) -> ArmTarget:
-    return ArmTarget(np.array(position, float), np.zeros(6))
-
-
-def move(rig, driver, change=0.1, duration=0.4, speed=0.5) -> None:
-    at = driver.read().position
-    goal = at + change
-    for _ in range(int(duration / driver.arm.period)):
-        at = at + np.clip(goal - at, -speed * driver.arm.period, speed * driver.arm.period)
-        driver.send(target(at))
-        rig.wait(driver.arm.period)
-        driver.read()
-
-
-def until(reached, wait=30.0) -> None:
-    """The emulated controller may be slower than it should be, on a busy machine."""
-    end = time.monotonic() + wait
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def still(rig) -> bool:

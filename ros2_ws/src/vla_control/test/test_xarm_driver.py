@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("xarm")
 
+from driver_rig import move, target, until  # noqa: E402
 from rig_xarm import XarmRig  # noqa: E402
 from vla_control.drivers import ArmTarget, DriverError, load_driver  # noqa: E402
 
@@ -30,26 +31,6 @@ def driver(rig):
     made.close()
 
 
-def target(position, opening=None) -> ArmTarget:
-    return ArmTarget(np.array(position, float), np.zeros(len(position)), opening)
-
-
-def move(rig, driver, change=0.1, duration=0.5) -> None:
-    at = driver.read().position
-    goal = at + change
-    for _ in range(int(duration / driver.arm.period)):
-        at = at + np.clip(goal - at, -0.5 * driver.arm.period, 0.5 * driver.arm.period)
-        driver.send(target(at))
-        rig.wait(driver.arm.period)
-
-
-def until(rig, holds, limit=5.0) -> None:
-    end = rig.time() + limit
-    while not holds():
-        assert rig.time() < end
-        rig.wait(0.01)
-
-
 @pytest.mark.parametrize("axes", [5, 6])
 def test_arms_of_five_and_six_joints(axes):
     rig = XarmRig(axes=axes)
@@ -58,7 +39,7 @@ def test_arms_of_five_and_six_joints(axes):
         driver.connect()
         at = rig.position()
         move(rig, driver, change=-0.1)
-        until(rig, lambda: np.allclose(driver.read().position, at - 0.1, atol=0.01))
+        until(lambda: np.allclose(driver.read().position, at - 0.1, atol=0.01))
         assert driver.read().effort.shape == (axes,)
     finally:
         driver.close()
@@ -106,23 +87,23 @@ def test_an_error_of_the_box_halts_the_arm_until_connect_clears_it(rig, driver, 
     driver.connect()
     move(rig, driver)
     rig.box.fail(error)
-    until(rig, lambda: f"error {error} (" in driver.read().halted)
+    until(lambda: f"error {error} (" in driver.read().halted)
     with pytest.raises(DriverError, match=f"expected an arm that follows, found it stopped by error {error} .*{name}"):
         driver.send(target(rig.position()))
     at = rig.position()
     rig.place(at + 0.05)
-    until(rig, lambda: np.allclose(driver.read().position, at + 0.05, atol=1e-4))  # angles do not freeze with an error
+    until(lambda: np.allclose(driver.read().position, at + 0.05, atol=1e-4))  # angles do not freeze with an error
     assert rig.box.error == error, "nothing is cleared without connect"
     driver.connect()
     np.testing.assert_allclose(rig.position(), at + 0.05)
     move(rig, driver)
-    until(rig, lambda: np.allclose(rig.position(), at + 0.15, atol=0.01))
+    until(lambda: np.allclose(rig.position(), at + 0.15, atol=0.01))
 
 
 def test_an_emergency_stop_that_is_pressed_refuses_the_connection(rig, driver):
     driver.connect()
     rig.box.press()
-    until(rig, lambda: "error 1 (" in driver.read().halted)
+    until(lambda: "error 1 (" in driver.read().halted)
     assert not rig.powered()
     with pytest.raises(DriverError, match="expected no error after clearing it, found error 1"):
         driver.connect()
@@ -141,7 +122,7 @@ def test_another_client_takes_the_arm(rig, driver, change, found):
         rig.box.mode = 0
     else:
         rig.box.state = 3
-    until(rig, lambda: driver.read().halted == found)
+    until(lambda: driver.read().halted == found)
     with pytest.raises(DriverError, match=found):
         driver.send(target(rig.position()))
     assert rig.box.mode == (0 if change == "mode" else 1), "it is not taken back without connect"
@@ -164,7 +145,7 @@ def test_a_call_that_blocks_holds_up_nobody_and_the_arm_catches_up_without_a_jum
         rig.wait(0.01)
     assert longest < 0.15
     assert not rig.box.late and rig.box.error == 0, "a jump is error 24"
-    until(rig, lambda: (driver.send(target(ask)), np.allclose(rig.position(), goal, atol=0.01))[1])
+    until(lambda: (driver.send(target(ask)), np.allclose(rig.position(), goal, atol=0.01))[1])
     assert driver.read().halted == ""
 
 
@@ -230,7 +211,7 @@ def test_power_lost_and_back(rig, driver):
     driver.connect()
     np.testing.assert_allclose(rig.position(), at)
     move(rig, driver)
-    until(rig, lambda: np.allclose(rig.position(), at + 0.1, atol=0.01))
+    until(lambda: np.allclose(rig.position(), at + 0.1, atol=0.01))
 
 
 def test_a_host_that_is_cut_off_leaves_an_arm_that_stands(rig, driver):
@@ -248,14 +229,14 @@ def test_a_stop_leaves_the_motors_as_its_category_says(rig, driver, category, st
     driver.connect()
     move(rig, driver, duration=0.2)
     assert driver.stop(category) == category
-    until(rig, lambda: rig.box.state == 4 and rig.powered() == state)
+    until(lambda: rig.box.state == 4 and rig.powered() == state)
     assert driver.read().halted == f"stopped, category {category}"
 
 
 def test_the_gripper_keeps_its_grip_in_a_stop_and_says_what_fails(rig, driver):
     driver.connect()
     driver.send(target(rig.position(), 0.5))
-    until(rig, lambda: abs(driver.read().gripper - 0.5) < 0.02)
+    until(lambda: abs(driver.read().gripper - 0.5) < 0.02)
     driver.stop(0)
     rig.wait(0.2)
     assert rig.box.finger == pytest.approx(425.0, abs=2.0)

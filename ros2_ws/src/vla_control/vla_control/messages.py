@@ -6,20 +6,21 @@ lock-step rollouts makes new ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from builtin_interfaces.msg import Time
-from geometry_msgs.msg import Pose, Vector3
+from geometry_msgs.msg import Pose, Vector3, WrenchStamped
 from sensor_msgs.msg import JointState
 from vla_core.robot import Arm, Robot
 from vla_core.se3 import matrix_to_pose
-from vla_core.time import seconds
+from vla_core.time import seconds, to_msg
 from vla_msgs import msg
-from vla_msgs.msg import ArmSafety, SafetyStatus
+from vla_msgs.msg import ArmSafety, DriverStatus, SafetyEvent, SafetyStatus
 
 from vla_control.command import ArmCommand, Command
-from vla_control.safety import JointTarget, SafetyDecision
+from vla_control.safety import Event, JointTarget, Measured, SafetyDecision
 
 
 def read_command(message: msg.Command) -> Command:
@@ -35,6 +36,7 @@ def read_command(message: msg.Command) -> Command:
         hold=message.hold,
         arms=arms,
         frame=message.header.frame_id,
+        observation=seconds(message.observation) or math.nan,
     )
 
 
@@ -47,10 +49,61 @@ def _read_arm(part: msg.ArmCommand) -> ArmCommand:
     return ArmCommand()  # an unknown mode: refused for what it lacks
 
 
+def read_joint_states(message: JointState, robot: Robot) -> Measured:
+    """What joint states tell of all arms and grippers; efforts where the message has them for all joints.
+
+    Raises:
+        ValueError: a joint is missing.
+    """
+    found = dict(zip(message.name, message.position))
+    efforts = dict(zip(message.name, message.effort))
+    try:
+        return Measured(
+            stamp=seconds(message.header.stamp),
+            position={arm.name: np.array([found[j] for j in arm.joints]) for arm in robot.arms},
+            gripper={arm.name: arm.gripper.opening(found) for arm in robot.arms if arm.gripper},
+            effort={
+                arm.name: np.array([efforts[j] for j in arm.joints])
+                for arm in robot.arms
+                if all(j in efforts for j in arm.joints)
+            },
+        )
+    except KeyError as error:
+        raise ValueError(f"joint states: expected joint {error.args[0]!r}, found {list(found)}") from None
+
+
+def read_wrench(message: WrenchStamped, arm: Arm) -> np.ndarray:
+    """Force, N, and torque, N m, (6,) on the tool of `arm`, in its frame.
+
+    Raises:
+        ValueError: it is in another frame.
+    """
+    if message.header.frame_id not in ("", arm.tool.frame):
+        raise ValueError(f"wrench of {arm.name}: expected frame {arm.tool.frame!r}, found {message.header.frame_id!r}")
+    f, t = message.wrench.force, message.wrench.torque
+    return np.array([f.x, f.y, f.z, t.x, t.y, t.z])
+
+
+def read_drivers(message: DriverStatus) -> dict[str, str]:
+    """Arm -> why it does not follow, "" when it does."""
+    return {part.arm: part.halted for part in message.arms}
+
+
+def write_event(event: Event, robot: Robot, stamp: Time) -> SafetyEvent:
+    """What the controller tells of a command that was limited, refused or stopped."""
+    message = SafetyEvent(kind=event.kind, arm=event.arm, reasons=list(event.reasons), text=event.text)
+    message.header.stamp, message.header.frame_id = stamp, robot.base_frame
+    message.before = np.asarray(event.before, float).ravel().tolist()
+    message.after = np.asarray(event.after, float).ravel().tolist()
+    return message
+
+
 def write_command(command: Command, robot: Robot, stamp: Time) -> msg.Command:
     """What a sender of the command publishes."""
     message = msg.Command(sequence=command.sequence, source=command.source, period=command.period, hold=command.hold)
     message.header.stamp, message.header.frame_id = stamp, robot.base_frame
+    if not math.isnan(command.observation):
+        message.observation.sec, message.observation.nanosec = to_msg(command.observation)
     for name, part in command.arms.items():
         arm = msg.ArmCommand(arm=name, gripper=float(part.gripper))
         if part.joints is not None:
@@ -109,12 +162,15 @@ def fill_status(
     message.source, message.sequence = decision.source, decision.sequence
     message.command_age = float(decision.command_age)
     message.period, message.refused = period, refused
+    message.stop_category = decision.stop_category
+    message.distance, message.nearest = float(decision.distance), decision.nearest
     for part in message.arms:
         target = targets[part.arm]
-        _write_pose(part.goal, decision.goal[part.arm])
-        _write_pose(part.commanded, decision.commanded[part.arm])
+        if part.arm in decision.goal:  # not when the very first period failed
+            _write_pose(part.goal, decision.goal[part.arm])
+            _write_pose(part.commanded, decision.commanded[part.arm])
         part.joints, part.velocity = target.position.tolist(), target.velocity.tolist()
-        part.gripper, part.limited = float(target.gripper), list(decision.limited[part.arm])
+        part.gripper, part.limited = float(target.gripper), list(decision.limited.get(part.arm, ()))
     return message
 
 

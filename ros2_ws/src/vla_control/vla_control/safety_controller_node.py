@@ -1,8 +1,9 @@
 """The safety controller as a node: commands and joint states in, limited joint targets and the safety status out.
 
-Nothing is sent to the arms until the service ~/arm (or the parameter auto_arm, for simulation) is used; ~/arm and
-~/disarm answer when the arms are at rest. The loop runs at the robot's control rate: on a real robot by a steady timer,
-in simulation by /clock. SIGINT and SIGTERM brake the arms before the node ends. One thread.
+Nothing is sent to the arms until the service ~/arm (or the parameter auto_arm, for simulation) is used. The controller
+runs at the robot's control rate: on a real robot in a thread of its own (see `loop`), in simulation by /clock.
+Callbacks only bring inputs and ask (see `shared`); events and words to the log go out in their thread, so that no disk,
+terminal or listener holds up a period. SIGINT and SIGTERM brake the arms before the node ends.
 """
 
 from __future__ import annotations
@@ -10,28 +11,37 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import WrenchStamped
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
+from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
-from vla_core.robot import load_robot
+from vla_core.robot import Arm, load_robot
 from vla_core.time import seconds
 from vla_msgs import msg
-from vla_msgs.msg import SafetyStatus
-from vla_ros.run import run_node
+from vla_msgs.msg import DriverStatus, SafetyEvent, SafetyStatus
+from vla_ros.run import PATIENCE, run_node
 
 from vla_control import messages
-from vla_control.command import Command, CommandRefused
-from vla_control.safety import Measured, SafetyController, SafetyDecision, SafetyLimits, State
+from vla_control.command import CommandRefused
+from vla_control.loop import ControlLoop, take_realtime
+from vla_control.safety import Event, SafetyController, SafetyLimits, State
+from vla_control.shared import Period, SharedController
+from vla_control.stops import Stops
 
-#: Control periods over which jitter is reported.
-WINDOW = 1000
-#: Commands kept between two control periods, and the longest time to brake when the node ends, s.
-QUEUE, PARKING = 10, 2.0
+#: Whether the arms' drivers are watched: auto is always for a robot whose description names drivers, unless simulated.
+WATCH = ("auto", "always", "never")
+#: The longest time to brake when the node ends, s.
+PARKING = 2.0
+#: Events and errors that wait for being told, at most; a second of both arms at every limit is far less.
+WAITING = 1000
 
 
 class SafetyControllerNode(Node):
@@ -39,20 +49,29 @@ class SafetyControllerNode(Node):
         super().__init__("safety_controller")
         self.robot = load_robot(self.declare_parameter("robot", "panda").value)
         defaults = SafetyLimits()
-        self.limits = SafetyLimits(
+        limits = SafetyLimits(
             **{name: float(self.declare_parameter(name, value).value) for name, value in vars(defaults).items()}
         )
         self.auto_arm = self.declare_parameter("auto_arm", False).value
-        self.controller = SafetyController(self.robot, self.limits)
-        self.period = self.controller.period
-        self._commands: deque[Command] = deque(maxlen=QUEUE)
-        self._measured: Measured | None = None
-        self._last_wall = math.nan
-        self._jitter: deque[float] = deque(maxlen=WINDOW)
-        self._cost: deque[float] = deque(maxlen=WINDOW)
-        self._overruns = 0
-        self._last_refusal = ""
-        self._shown_state: tuple | None = None
+        stops = Stops(
+            self.declare_parameter("stop_category", 2).value,
+            self.declare_parameter("enabling_device", False).value,
+            self.declare_parameter("enable_timeout", 0.2).value,
+        )
+        self.simulated = self.get_parameter("use_sim_time").value
+        watch = self.declare_parameter("watch_drivers", "auto").value
+        if watch not in WATCH:
+            raise ValueError(f"watch_drivers: expected one of {WATCH}, found {watch!r}")
+        driven = any(arm.driver for arm in self.robot.arms) and not self.simulated  # a simulator is no driver_node
+        watch_drivers = driven if watch == "auto" else watch == "always"
+        realtime = self.declare_parameter("realtime", False).value
+        priority = self.declare_parameter("priority", 50).value
+        self.shared = SharedController(SafetyController(self.robot, limits), stops, watch_drivers)
+        self.period = self.shared.period
+        self._shown: tuple | None = None
+        self._refusal = ""
+        self._waiting: deque[tuple[Event, Time] | tuple[str, str]] = deque(maxlen=WAITING)
+        self._untold = 0
         self._status = messages.status_message(self.robot)
         self._targets = {arm.name: messages.target_message(arm, self.robot.base_frame) for arm in self.robot.arms}
 
@@ -60,143 +79,202 @@ class SafetyControllerNode(Node):
             arm.name: self.create_publisher(JointState, f"/{arm.name}/joint_targets", 5) for arm in self.robot.arms
         }
         self.status_publisher = self.create_publisher(SafetyStatus, "/safety_status", 10)
+        self.event_publisher = self.create_publisher(SafetyEvent, "/safety_events", 100)
         self.diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_subscription(JointState, "/joint_states", self.on_joint_states, 10)
         self.create_subscription(msg.Command, "/command", self.on_command, 5)
         self.create_subscription(Bool, "/emergency_stop", self.on_emergency_stop, 10)
+        if stops.enabling_device:
+            self.create_subscription(Bool, "/enable", self.on_enable, 10)
+        if watch_drivers:
+            self.create_subscription(DriverStatus, "/driver_status", self.on_driver_status, 10)
+        touchy = [a for a in self.robot.arms if a.contact and min(a.contact.force, a.contact.torque) < math.inf]
+        self._feeling = {arm.name for arm in touchy}
+        for arm in touchy:  # a QoS that hears either reliability
+            self.create_subscription(
+                WrenchStamped, f"/{arm.name}/wrench", self._wrench_callback(arm), qos_profile_sensor_data
+            )
         self.create_service(Trigger, "~/arm", self.on_arm)
         self.create_service(Trigger, "~/disarm", self.on_disarm)
         self.create_service(Trigger, "~/stop", self.on_stop)
+        self._told = self.create_guard_condition(self.tell)
         # A robot's control loop follows the steady clock: setting the system time must not stretch a period.
         steady = Clock(clock_type=ClockType.STEADY_TIME)
-        sim = self.get_parameter("use_sim_time").value
-        self.create_timer(self.period, self.tick, clock=None if sim else steady)
         self.create_timer(1.0, self.publish_diagnostics, clock=steady)
+        if realtime:
+            take_realtime(priority)
+        self.loop = ControlLoop(self.period, self.work, self.failed, priority if realtime else None)
+        if self.simulated:
+            self.create_timer(self.period, self.loop.once)
 
-    # --------------------------------------------------------------------------------------------------- inputs
+    # ------------------------------------------------------------------------------------------------ start and end
+    def run(self, executor, ended: Callable[[], bool]) -> None:
+        """Run the loop, and the callbacks in this thread, until `ended()`; for run_node."""
+        if not self.simulated:
+            self.loop.start()
+        while not ended():
+            executor.spin_once(timeout_sec=PATIENCE)
+
+    @property
+    def done(self) -> bool:
+        """Whether the loop's thread has ended by itself, as it never should."""
+        return self.loop.started and not self.loop.running
+
+    def finish(self) -> None:
+        """Brake and disarm, for the end of the node."""
+        self.shared.disarm()
+        deadline = time.monotonic() + PARKING
+        while self.shared.state == State.STOPPING and time.monotonic() < deadline:
+            if not self.loop.running:
+                self.loop.once()
+            time.sleep(self.period)
+        self.loop.stop()
+        self.loop.once()  # so that the status tells the end of it
+        self.tell()
+
+    # --------------------------------------------------------------------------------------------------------- inputs
     def on_joint_states(self, message: JointState) -> None:
-        found = dict(zip(message.name, message.position))
         try:
-            measured = Measured(
-                stamp=seconds(message.header.stamp),
-                position={arm.name: np.array([found[j] for j in arm.joints]) for arm in self.robot.arms},
-                gripper={arm.name: arm.gripper.opening(found) for arm in self.robot.arms if arm.gripper},
-            )
-        except KeyError as error:
-            self.get_logger().error(
-                f"joint_states: expected joint {error.args[0]!r}, found {list(found)}", throttle_duration_sec=5.0
-            )
+            self.shared.joints(messages.read_joint_states(message, self.robot))
+        except ValueError as error:
+            self.get_logger().error(str(error), throttle_duration_sec=5.0)
             return
-        self._measured = measured
         if self.auto_arm:
             try:
-                self.controller.arm(measured)
+                self.shared.arm(self.now(), time.monotonic())
                 self.auto_arm = False
             except CommandRefused as error:
                 self.get_logger().error(f"not armed: {error}", throttle_duration_sec=5.0)
 
     def on_command(self, message: msg.Command) -> None:
-        self._commands.append(messages.read_command(message))
+        self.shared.command(messages.read_command(message))
 
     def on_emergency_stop(self, message: Bool) -> None:
         if message.data:
-            self.controller.stop(2, "emergency stop")
+            self.shared.stop(self.shared.stops.topic())
 
-    # ------------------------------------------------------------------------------------------------- services
+    def on_enable(self, message: Bool) -> None:
+        self.shared.enable(message.data, time.monotonic())
+
+    def on_driver_status(self, message: DriverStatus) -> None:
+        self.shared.drivers(messages.read_drivers(message), seconds(message.header.stamp))
+
+    def _wrench_callback(self, arm: Arm) -> Callable[[WrenchStamped], None]:
+        def take(message: WrenchStamped) -> None:
+            try:
+                wrench = messages.read_wrench(message, arm)
+            except ValueError as error:
+                self.get_logger().error(str(error), throttle_duration_sec=5.0)
+                return
+            self.shared.wrench(arm.name, wrench, seconds(message.header.stamp))
+
+        return take
+
+    # ------------------------------------------------------------------------------------------------------- services
     def on_arm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        age = math.inf if self._measured is None else self.now() - self._measured.stamp
-        if not abs(age) <= self.limits.joint_state_timeout:
-            response.message = f"not armed: joint states are {age:.2f} s old"
-            return response
         try:
-            self.controller.arm(self._measured)
-            self._commands.clear()
-            response.success, response.message = True, "armed, holding"
+            self.shared.arm(self.now(), time.monotonic())
+            response.success, response.message = True, "armed"
+            if unheard := sorted(self._feeling - self.shared.felt):
+                response.message += f"; nothing was heard of the wrench of {', '.join(unheard)}: contacts are not felt"
+                self.get_logger().warning(response.message)
         except CommandRefused as error:
             response.message = f"not armed: {error}"
         return response
 
     def on_disarm(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self.controller.disarm()
-        moving = self.controller.state == State.STOPPING
-        response.success, response.message = True, "braking, then disarmed" if moving else "disarmed"
+        state = self.shared.disarm()
+        response.success = state in (State.DISARMED, State.STOPPING)
+        response.message = "braking, then disarmed" if state == State.STOPPING else state.name.lower()
         return response
 
     def on_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        self.controller.stop(2, "stop service")
-        response.success, response.message = True, "stopping; latched until armed again"
+        state = self.shared.stop(self.shared.stops.service())
+        response.success = True
+        response.message = f"{state.name.lower()}; latched until armed again"
         return response
 
-    # --------------------------------------------------------------------------------------------------- the loop
+    # ------------------------------------------------------------------------------------------- a period, in the loop
     def now(self) -> float:
+        """s of the ROS clock."""
         return self.get_clock().now().nanoseconds * 1e-9
 
-    def tick(self) -> None:
-        wall = time.perf_counter()
-        elapsed = wall - self._last_wall
-        self._last_wall = wall
+    def work(self, elapsed: float) -> bool:
+        """Decide a period and send what it came to; whether the arms are at rest. elapsed: since the last one, s."""
         stamp = self.get_clock().now()
-        now = stamp.nanoseconds * 1e-9
-        newest = self._commands.pop() if self._commands else None
-        while self._commands:
-            self.controller.offer(self._commands.popleft(), now)
-        decision = self.controller.step(newest, self._measured, now)
-        self.publish(decision, stamp.to_msg(), elapsed)
-        if not math.isnan(elapsed):
-            self._jitter.append(abs(elapsed - self.period))
-            self._overruns += elapsed > 2.0 * self.period
-        self._cost.append(time.perf_counter() - wall)
-        self._log(decision)
+        period = self.shared.step(stamp.nanoseconds * 1e-9, time.monotonic())
+        self.publish(period, stamp.to_msg(), elapsed)
+        return period.resting
 
-    def publish(self, decision: SafetyDecision, stamp, elapsed: float) -> None:
+    def failed(self, error: Exception) -> None:
+        """Stop the arms for an exception in a period."""
+        self._wait(("error", self.shared.fail(error)))
+
+    def publish(self, period: Period, stamp: Time, elapsed: float) -> None:
         """Send the targets, then the status. Messages are made once and filled in anew each period."""
+        decision = period.decision
         for name, target in decision.sent.items():
             message = messages.fill_target(self._targets[name], self.robot.arm(name), target, stamp)
             self.target_publishers[name].publish(message)
-        targets = {arm.name: self.controller.target(arm.name) for arm in self.robot.arms}
-        period = self.period if math.isnan(elapsed) else elapsed
-        refused = self.controller.refusals.total()
-        self.status_publisher.publish(messages.fill_status(self._status, decision, targets, stamp, period, refused))
-
-    def finish(self) -> None:
-        """Brake and disarm, for the end of the node."""
-        self.controller.disarm()
-        self._commands.clear()
-        deadline = time.monotonic() + PARKING
-        while self.controller.state == State.STOPPING and time.monotonic() < deadline:
-            self.tick()
-            time.sleep(self.period)
-        self.tick()
-
-    def _log(self, decision: SafetyDecision) -> None:
+        lasted = self.period if math.isnan(elapsed) else elapsed
+        self.status_publisher.publish(
+            messages.fill_status(self._status, decision, period.targets, stamp, lasted, period.refused)
+        )
+        if period.error:
+            self._wait(("error", period.error))
+        for event in decision.events:
+            self._wait((event, stamp))
         shown = (decision.state, decision.reason)
-        if shown != self._shown_state:
-            self._shown_state = shown
+        if shown != self._shown:
+            self._shown = shown
             text = decision.state.name.lower() + (f": {decision.reason}" if decision.reason else "")
-            # Two calls: rclpy's logger refuses another severity from the same line.
-            if decision.state in (State.STOPPED, State.FAULT):
-                self.get_logger().error(text)
+            self._wait(("error" if decision.state in (State.STOPPED, State.FAULT) else "info", text))
+        if decision.refused and decision.refused != self._refusal:
+            self._refusal = decision.refused
+            self._wait(("warning", f"refused a command: {decision.refused}"))
+
+    def _wait(self, what: tuple) -> None:
+        self._untold += len(self._waiting) == WAITING  # the oldest makes way
+        self._waiting.append(what)
+        self._told.trigger()
+
+    # ---------------------------------------------------------------------------------------------------- what is told
+    def tell(self) -> None:
+        """Publish and log what has come up in the loop."""
+        while self._waiting:
+            what, detail = self._waiting.popleft()
+            log = self.get_logger()
+            if isinstance(what, Event):
+                self.event_publisher.publish(messages.write_event(what, self.robot, detail))
+            # One call each: rclpy's logger refuses another severity from the same line.
+            elif what == "error":
+                log.error(detail)
+            elif what == "warning":
+                log.warning(detail, throttle_duration_sec=1.0)
             else:
-                self.get_logger().info(text)
-        if decision.refused and decision.refused != self._last_refusal:
-            self._last_refusal = decision.refused
-            self.get_logger().warning(f"refused a command: {decision.refused}", throttle_duration_sec=1.0)
+                log.info(detail)
 
     def publish_diagnostics(self) -> None:
-        controller = self.controller
-        stopped = controller.state in (State.STOPPED, State.FAULT)
+        counts, timing = self.shared.counts(), self.loop.timing()
         values = {
-            "state": controller.state.name.lower(),
-            "reason": controller.reason,
-            "overruns": self._overruns,
-            **{f"refused: {code}": count for code, count in sorted(controller.refusals.items())},
-            **{f"stopped: {code}": count for code, count in sorted(controller.stops.items())},
-            **{f"limited: {name}": count for name, count in sorted(controller.limitations.items())},
+            "state": counts.state.name.lower(),
+            "reason": counts.reason,
+            "periods": timing.periods,
+            "overruns": timing.overruns,
+            "overruns by its own work": timing.exhausted,
+            "garbage collections": timing.collected,
+            "garbage collection max ms": f"{timing.collecting * 1e3:.3f}",
+            "events lost": self._untold,
+            **{f"refused: {code}": count for code, count in sorted(counts.refused.items())},
+            **{f"stopped: {code}": count for code, count in sorted(counts.stopped.items())},
+            **{f"limited: {name}": count for name, count in sorted(counts.limited.items())},
         }
-        if self._jitter:
-            for name, samples in (("period jitter", self._jitter), ("step", self._cost)):
+        times = {"lateness": timing.late, "period jitter": timing.jitter, "step": timing.wall, "step CPU": timing.cpu}
+        for name, samples in times.items():
+            if len(samples):
                 median, tail = np.percentile(samples, [50, 99]) * 1e3
                 values |= {f"{name} median ms": f"{median:.3f}", f"{name} p99 ms": f"{tail:.3f}"}
+        stopped = counts.state in (State.STOPPED, State.FAULT)
         status = DiagnosticStatus(
             level=DiagnosticStatus.ERROR if stopped else DiagnosticStatus.OK,
             name="safety_controller",

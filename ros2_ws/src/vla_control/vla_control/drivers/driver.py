@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from vla_core.robot import Arm, Robot
 
 
 class DriverError(RuntimeError):
@@ -28,8 +29,8 @@ class Capabilities:
 
     stops: stop categories that the hardware has (words of ISO 10218; no rating is claimed): 2 controlled stop and
     hold, 1 controlled stop, then power off, 0 power off at once. effort, wrench: whether ArmState has them. gripper:
-    whether it has one; gripper_force: whether its largest force can be set. rate: Hz, the fastest that targets are
-    taken.
+    whether it has one; gripper_force: whether its largest force can be set, gripper_newtons: in N, by ArmInfo, and not
+    only by a setting of the driver in its own unit. rate: Hz, the fastest that targets are taken.
     """
 
     stops: frozenset[int]
@@ -38,16 +39,29 @@ class Capabilities:
     wrench: bool = False
     gripper: bool = False
     gripper_force: bool = False
+    gripper_newtons: bool = False
 
 
 @dataclass(frozen=True)
 class ArmInfo:
-    """What a driver is told of its arm. joints: names in kinematic order. period: s between two targets."""
+    """What a driver is told of its arm.
+
+    joints: names in kinematic order. period: s between two targets. gripper_force: N, the most that it grips with.
+    robot: the description that the arm, by its name, is part of, for drivers that compute with its model. node: an
+    rclpy node that somebody spins, for drivers that speak by topics.
+    """
 
     name: str
     joints: tuple[str, ...]
     period: float
     gripper: bool = False
+    gripper_force: float | None = None
+    robot: Robot | None = None
+    node: Any = None
+
+    def described(self) -> Arm | None:
+        """This arm in its description."""
+        return self.robot.arm(self.name) if self.robot is not None else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from vla_control.drivers.driver import ArmDriver, ArmInfo, ArmState, ArmTarget, 
 
 @dataclass(frozen=True)
 class FakeConfig:
-    """start: positions, rad, empty: zeros. speed: of a joint, rad/s, and of the gripper's opening, 1/s."""
+    """start: positions, rad, empty: the description's home, or zeros without one. speed: of a joint, rad/s, and of the
+    gripper's opening, 1/s."""
 
     start: tuple[float, ...] = ()
     speed: float = 3.0
@@ -25,7 +26,9 @@ class FakeDriver(ArmDriver):
 
     def __init__(self, arm: ArmInfo, config: FakeConfig, clock: Callable[[], float]):
         super().__init__(arm, config, clock)
-        start = np.array(config.start or [0.0] * len(arm.joints), np.float64)
+        described = arm.described()
+        home = described.home if described else np.zeros(len(arm.joints))
+        start = np.array(config.start if len(config.start) else home, np.float64)
         if start.shape != (len(arm.joints),) or not config.speed > 0.0:
             raise DriverError(
                 f"arm {arm.name}: fake: expected {len(arm.joints)} positions to start from and a speed above 0, found "

@@ -396,6 +396,11 @@ class PiperDriver(ArmDriver):
         self._transmit(STOP, bytes([2]))
         if not self._until(lambda: self._frames[STATUS][1][1] != 1):
             raise self._error("the emergency stop to end", "that it stays")
+        # What the drives said before the reset, that they are on, is not so any more.
+        for identifier in DRIVES:
+            self._frames.pop(identifier, None)
+        if not self._until(lambda: not self._late()):
+            raise self._error("the states of the drives after the reset", "none")
 
     def _take_hold(self) -> None:
         """Make the arm hold where it is, under CAN control.

@@ -28,7 +28,8 @@ import numpy as np
 from xarm.core.config.x_code import ControllerError
 from xarm.wrapper import XArmAPI
 
-from vla_control.drivers.driver import ArmDriver, ArmInfo, ArmState, ArmTarget, Capabilities, DriverError
+from vla_control.drivers.driver import ArmInfo, ArmState, ArmTarget, Capabilities, DriverError
+from vla_control.drivers.linked import Link, LinkedArm
 
 #: Servo motion mode, and the states of the controller in which it does not move: `set_mode`, `get_state`.
 _SERVO = 1
@@ -40,6 +41,8 @@ _REFUSED = {
     1: "an error that is not cleared",
     9: "not ready to move",
 }
+#: Held while an arm is connected: the library sets the default time-out of every socket of this program.
+_SOCKETS = threading.Lock()
 #: Reports that the velocity is taken over: 5 of 10 ms.
 _WINDOW = 5
 
@@ -65,20 +68,22 @@ class XarmConfig:
     patience: float = 8.0
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What one report said at `stamp`, s."""
+class _XarmLink(Link):
+    """mode, reported: of the newest report, which is the state. window: positions of the last reports, for the
+    velocity. sent, last: the newest point that the controller took, and when, s. asked: whether it stopped, and is to
+    be asked why. finger: opening that the gripper was last told."""
 
-    stamp: float
-    position: np.ndarray
-    velocity: np.ndarray
-    effort: np.ndarray
-    wrench: np.ndarray | None
-    state: int
-    mode: int
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = self.reported = -1
+        self.window: deque[tuple[float, np.ndarray]] = deque(maxlen=_WINDOW)
+        self.sent: np.ndarray | None = None
+        self.last = time.monotonic()
+        self.asked = False
+        self.finger: float | None = None
 
 
-class XarmDriver(ArmDriver):
+class XarmDriver(LinkedArm):
     """The driver "xarm".
 
     Stops: 2 is state 4 of the controller: it brakes, forgets its targets and holds with the motors on; 1 is that, and
@@ -87,6 +92,7 @@ class XarmDriver(ArmDriver):
     """
 
     Config = XarmConfig
+    KIND, EVERY = "xarm", 0.01
 
     def __init__(self, arm: ArmInfo, config: XarmConfig, clock: Callable[[], float]):
         super().__init__(arm, config, clock)
@@ -98,126 +104,54 @@ class XarmDriver(ArmDriver):
         self.capabilities = Capabilities(
             frozenset({0, 1, 2}), rate=250.0, effort=True, wrench=config.wrench, gripper=arm.gripper
         )
-        self._api: XArmAPI | None = None
-        self._threads: list[threading.Thread] = []
-        self._wake = threading.Condition()
-        self._forget()
 
-    def _forget(self) -> None:
-        self._report: _Report | None = None
-        self._window: deque[tuple[float, np.ndarray]] = deque(maxlen=_WINDOW)
-        self._target: ArmTarget | None = None
-        self._fresh = self._ending = self._asked = False
-        self._pending: int | None = None
-        self._opening: float | None = None
-        self._opened: float | None = None
-        self._follows, self._halted, self._fault = False, "", "not connected"
-
-    def connect(self) -> None:
-        self.close()
-        api = XArmAPI(
+    def _make_link(self) -> _XarmLink:
+        link = _XarmLink()
+        link.device = XArmAPI(
             self.config.address, is_radian=True, do_not_open=True, report_type="real",
             check_is_pause=False, check_cmdnum_limit=False,
         )  # fmt: skip
-        api.register_report_location_callback(lambda _: self._heard(api), report_cartesian=False, report_joints=False)
-        self._forget()
-        self._api = api
-        default = socket.getdefaulttimeout()
+        link.device.register_report_location_callback(
+            lambda _: self._heard(link), report_cartesian=False, report_joints=False
+        )
+        return link
+
+    def _open(self, link: _XarmLink) -> None:
+        api = link.device
+
+        def find() -> None:
+            api.connect()
+            if link.ending:  # it came too late
+                api.disconnect()
+
+        with _SOCKETS:
+            default = socket.getdefaulttimeout()
+            try:
+                # The library asks a box that does not answer for minutes.
+                self.within(find, "a control box that answers")
+                self._prepare(link)
+                if self.arm.gripper:
+                    self._prepare_gripper(link)
+            finally:
+                socket.setdefaulttimeout(default)
+
+    def _part(self, link: _XarmLink) -> None:
         try:
-            # The library asks a box that does not answer for minutes.
-            self._within(api.connect, "a control box that answers")
-            self._prepare(api)
-            if self.arm.gripper:
-                self._prepare_gripper(api)
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            socket.setdefaulttimeout(default)  # the library sets one for every socket of this program
-        with self._wake:
-            self._follows, self._halted, self._fault = True, "", ""
-        self._threads = [threading.Thread(target=self._stream, args=(api,), name=f"{self.arm.name} xarm", daemon=True)]
-        if self.arm.gripper:
-            self._threads.append(
-                threading.Thread(target=self._grip, args=(api,), name=f"{self.arm.name} xarm gripper", daemon=True)
-            )
-        for thread in self._threads:
-            thread.start()
+            self.within(link.device.disconnect, "an end of the connection")
+        except DriverError:
+            pass  # what is left of the library's threads is daemons, which end with their sockets' time-outs
 
-    def read(self) -> ArmState:
-        with self._wake:
-            report, fault, halted = self._report, self._fault, self._halted
-        if fault:
-            raise self._error(fault)
-        age = self.clock() - report.stamp
-        if age > self.config.stale:
-            raise self._error(self._fail(self._api, f"expected a report every 0.01 s, found none for {age:.2f} s"))
-        return ArmState(
-            report.stamp, report.position.copy(), report.velocity.copy(), report.effort.copy(), report.wrench,
-            self._opened if self.arm.gripper else None, halted,
-        )  # fmt: skip
-
-    def send(self, target: ArmTarget) -> None:
-        self.check(target)
-        with self._wake:
-            if self._fault or not self._follows:
-                raise self._error(self._fault or f"expected an arm that follows, found it {self._halted}")
-            self._target, self._fresh = target, True
-            if target.gripper is not None:
-                self._opening = target.gripper
-            self._wake.notify_all()
-
-    def stop(self, category: int) -> int:
-        done = self.stop_category(category)
-        with self._wake:
-            self._follows, self._target, self._opening = False, None, None
-            self._halted = self._halted or f"stopped, category {done}"
-            self._pending = done if self._pending is None else min(done, self._pending)
-            self._wake.notify_all()
-        return done
-
-    def close(self) -> None:
-        with self._wake:
-            self._follows, self._ending = False, True
-            self._fault = self._fault or "not connected"
-            self._wake.notify_all()
-        for thread in self._threads:
-            thread.join(2.0 * self.config.timeout + 1.0)
-        api, self._api, self._threads = self._api, None, []
-        if api is not None:
-            try:
-                self._within(api.disconnect, "an end of the connection")
-            except DriverError:
-                pass  # what is left of the library's threads is daemons, which end with their sockets' time-outs
-
-    def _error(self, text: str) -> DriverError:
-        return DriverError(f"arm {self.arm.name}: xarm {self.config.address}: {text}")
-
-    def _within(self, call: Callable[[], Any], what: str) -> None:
-        """Do what may block for `patience` s at most."""
-        ended: list[str] = []
-
-        def run() -> None:
-            try:
-                call()
-                ended.append("")
-            except Exception as error:
-                ended.append(str(error))
-
-        thread = threading.Thread(target=run, name=f"{self.arm.name} xarm {what}", daemon=True)
-        thread.start()
-        thread.join(self.config.patience)
-        if not ended or ended[0]:
-            found = ended[0] if ended else f"no end after {self.config.patience:g} s"
-            raise self._error(f"expected {what}, found: {found}")
+    def _patience(self) -> float:
+        return 2.0 * self.config.timeout + 1.0
 
     def _do(self, api: XArmAPI, name: str, *arguments: Any, **keywords: Any) -> None:
         code = getattr(api, name)(*arguments, **keywords)
         if code:
             raise self._error(f"{name}: expected code 0, found {code}")
 
-    def _prepare(self, api: XArmAPI) -> None:
+    def _prepare(self, link: _XarmLink) -> None:
         """Check what is there, clear what can be cleared, and let the arm hold in servo mode."""
+        api = link.device
         api.set_timeout(self.config.timeout)
         if api.axis != len(self.arm.joints):
             raise self._error(f"expected an arm of {len(self.arm.joints)} joints, found one of {api.axis}")
@@ -233,159 +167,121 @@ class XarmDriver(ArmDriver):
         self._do(api, "set_mode", _SERVO)
         self._do(api, "set_state", 0)
         end = time.monotonic() + 2.0
-        while not self._ready():
+        while not self._ready(link):
             if time.monotonic() > end:
-                found = "none" if self._report is None else f"mode {self._report.mode}, state {self._report.state}"
+                found = "none" if link.state is None else f"mode {link.mode}, state {link.reported}"
                 raise self._error(f"expected reports of mode {_SERVO} and a state that moves, found {found}")
             time.sleep(0.01)
-        if self.config.wrench and self._report.wrench is None:
+        if self.config.wrench and link.state.wrench is None:
             raise self._error("expected the readings of a force-torque sensor, found a report without them")
 
-    def _ready(self) -> bool:
-        report = self._report
+    def _ready(self, link: _XarmLink) -> bool:
         return (
-            report is not None and report.mode == _SERVO and report.state not in _STATES
-            and len(self._window) == _WINDOW and self.clock() - report.stamp < self.config.stale
+            link.state is not None and link.mode == _SERVO and link.reported not in _STATES
+            and len(link.window) == _WINDOW and self.clock() - link.state.stamp < self.config.stale
         )  # fmt: skip
 
-    def _prepare_gripper(self, api: XArmAPI) -> None:
+    def _prepare_gripper(self, link: _XarmLink) -> None:
+        api = link.device
         # Where the box has it, a second port for the gripper keeps its slow serial line out of the arm's way.
         api.set_rs485_use_503_port(True)
         self._do(api, "clean_gripper_error")
         self._do(api, "set_gripper_mode", 0)
         self._do(api, "set_gripper_enable", True)
         self._do(api, "set_gripper_speed", self.config.gripper_speed)
-        self._read_gripper(api)
+        self._read_gripper(link)
 
-    def _read_gripper(self, api: XArmAPI) -> None:
-        found = api.get_gripper_position(check_baud=False)
+    def _read_gripper(self, link: _XarmLink) -> None:
+        found = link.device.get_gripper_position(check_baud=False)
         # With a fault of the gripper the library returns the code alone.
         code, position = found if isinstance(found, tuple) else (found, None)
         if code or position is None:
             raise self._error(f"get_gripper_position: expected code 0, found {code}")
         closed = self.config.gripper_closed
-        self._opened = float(np.clip((position - closed) / (self.config.gripper_open - closed), 0.0, 1.0))
+        link.opened = float(np.clip((position - closed) / (self.config.gripper_open - closed), 0.0, 1.0))
 
-    def _heard(self, api: XArmAPI) -> None:
+    def _heard(self, link: _XarmLink) -> None:
         """Take a report; the library's thread calls it. Its own properties are not used: they freeze the angles while
         there is an error of a servo or an emergency stop."""
-        stamp, data = self.clock(), api.report_data
+        stamp, data = self.clock(), link.device.report_data
         count = len(self.arm.joints)
         position = np.array(data.actual_joint_angle[:count])
         effort = np.array(data.estimated_joint_torque[:count])
         wrench = np.array(data.ft_ext_force) if self.config.wrench and data.data_size >= 135 else None
-        if api is not self._api or not np.all(np.isfinite(position)) or not np.all(np.isfinite(effort)):
+        if not np.all(np.isfinite(position)) or not np.all(np.isfinite(effort)):
             return
-        self._window.append((stamp, position))
-        first, begin = self._window[0]
+        link.window.append((stamp, position))
+        first, begin = link.window[0]
         velocity = (position - begin) / (stamp - first) if stamp > first else np.zeros(count)
-        with self._wake:
-            self._report = _Report(stamp, position, velocity, effort, wrench, data.state, data.mode)
-            if self._follows and data.mode != _SERVO:
-                self._halt(api, f"in mode {data.mode}, which another client has set")
-            elif self._follows and data.state in _STATES:
-                self._halt(api, _STATES[data.state])
+        with link.wake:
+            link.state, link.mode, link.reported = (
+                ArmState(stamp, position, velocity, effort, wrench),
+                data.mode,
+                data.state,
+            )
+            if link.follows and data.mode != _SERVO:
+                self._stopped(link, f"in mode {data.mode}, which another client has set")
+            elif link.follows and data.state in _STATES:
+                self._stopped(link, _STATES[data.state])
 
-    def _halt(self, api: XArmAPI, why: str) -> None:
-        """The controller does not follow any more, whoever wanted that; it stays so until connect."""
-        with self._wake:
-            if self._follows and self._api is api:
-                self._follows, self._target, self._opening, self._halted = False, None, None, why
-                self._asked = True
-                self._wake.notify_all()
+    def _stopped(self, link: _XarmLink, why: str) -> None:
+        """The controller does not follow any more; the thread asks it why."""
+        with link.wake:
+            link.asked = link.asked or link.follows
+            link.halt(why)
 
-    def _fail(self, api: XArmAPI, why: str) -> str:
-        """The connection is of no use any more. A thread of an earlier one, late from a call, has no say."""
-        with self._wake:
-            if self._api is api:
-                self._follows, self._target = False, None
-                self._fault = self._fault or why
-            return self._fault
+    def _turn(self, link: _XarmLink, target: ArmTarget | None, stop: int | None) -> None:
+        api = link.device
+        if stop is not None:
+            self._stop(link, stop)
+        elif link.asked:
+            link.asked = False
+            self._ask(link)
+        elif target is not None and link.follows:
+            now = time.monotonic()
+            sent = link.state.position if link.sent is None else link.sent
+            most = (np.abs(target.velocity) + self.config.catch_up) * min(now - link.last, 2.0 * self.arm.period)
+            point = sent + np.clip(target.position - sent, -most, most)
+            link.last = now
+            if not np.array_equal(point, sent):
+                self._go(link, point)
+            link.sent = point
+        if not api.connected:
+            link.fail("expected a connection, found that it is closed")
 
-    def _stream(self, api: XArmAPI) -> None:
-        """Send the newest target, and do what stop asks for, until the end."""
-        sent: np.ndarray | None = None
-        last = time.monotonic()
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._ending or self._fresh or self._pending is not None, self.arm.period)
-                if self._api is not api:
-                    return
-                stop, self._pending = self._pending, None
-                target, self._fresh = self._target, False
-                asked, self._asked = self._asked, False
-                ending = self._ending
-                lost = self._fault not in ("", "not connected")  # close() may have said the latter
-            try:
-                if lost:
-                    pass  # it does not hear a stop either
-                elif stop is not None:
-                    self._stop(api, stop)
-                elif ending:
-                    api.set_state(4)
-                elif asked:
-                    self._ask(api)
-                elif target is not None and self._follows:
-                    now = time.monotonic()
-                    if sent is None:
-                        sent = self._report.position
-                    most = (np.abs(target.velocity) + self.config.catch_up) * min(now - last, 2.0 * self.arm.period)
-                    point = sent + np.clip(target.position - sent, -most, most)
-                    last = now
-                    if not np.array_equal(point, sent):
-                        self._go(api, point)
-                        sent = point
-            except Exception as error:
-                self._fail(api, f"expected an answer, found {error}")
-            if ending:
-                return
-            if not api.connected:
-                self._fail(api, "expected a connection, found that it is closed")
-
-    def _go(self, api: XArmAPI, point: np.ndarray) -> None:
-        code = api.set_servo_angle_j(point.tolist(), is_radian=True)
+    def _go(self, link: _XarmLink, point: np.ndarray) -> None:
+        code = link.device.set_servo_angle_j(point.tolist(), is_radian=True)
         if code in _REFUSED:
-            self._halt(api, _REFUSED[code])
+            self._stopped(link, _REFUSED[code])
         elif code:
-            self._fail(api, f"set_servo_angle_j: expected code 0 within {self.config.timeout:g} s, found {code}")
+            link.fail(f"set_servo_angle_j: expected code 0 within {self.config.timeout:g} s, found {code}")
 
-    def _ask(self, api: XArmAPI) -> None:
+    def _ask(self, link: _XarmLink) -> None:
         """Why the controller stopped."""
-        code, found = api.get_err_warn_code()
+        code, found = link.device.get_err_warn_code()
         if not code and found[0]:
-            with self._wake:
-                self._halted = f"stopped by {_name(found[0])}"
+            with link.wake:
+                link.halted = f"stopped by {_name(found[0])}"
 
-    def _stop(self, api: XArmAPI, category: int) -> None:
+    def _stop(self, link: _XarmLink, category: int) -> None:
+        api = link.device
         if category > 0:
             api.set_state(4)
         if category == 1:
             end = time.monotonic() + 0.5
-            while time.monotonic() < end and np.abs(self._report.velocity).max() > 0.01:
+            while time.monotonic() < end and np.abs(link.state.velocity).max() > 0.01:
                 time.sleep(0.01)
         if category < 2:
             api.motion_enable(False)
         if category == 0:
             api.set_state(4)
 
-    def _grip(self, api: XArmAPI) -> None:
-        """Move the gripper to its newest opening, and read where it is, until the end."""
-        sent: float | None = None
+    def _grip(self, link: _XarmLink, opening: float | None) -> None:
         closed, span = self.config.gripper_closed, self.config.gripper_open - self.config.gripper_closed
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._ending, 0.05)
-                opening = self._opening if self._follows else None
-                if self._ending or self._fault or self._api is not api:
-                    return
-            try:
-                if opening is not None and (sent is None or abs(opening - sent) > 0.005):
-                    self._do(api, "set_gripper_position", closed + opening * span, wait=False, no_check=True)
-                    sent = opening
-                self._read_gripper(api)
-            except Exception as error:
-                if not self._ending:
-                    self._fail(api, f"gripper: {error}")
+        if opening is not None and (link.finger is None or abs(opening - link.finger) > 0.005):
+            self._do(link.device, "set_gripper_position", closed + opening * span, wait=False, no_check=True)
+            link.finger = opening
+        self._read_gripper(link)
 
 
 def _name(code: int) -> str:
