@@ -12,6 +12,7 @@ setup(
         ("share/ament_index/resource_index/packages", ["resource/" + package]),
         ("share/" + package, ["package.xml", "dds_profile.xml", *sorted(glob("*.launch.yaml"))]),
         ("share/" + package + "/robots", sorted(glob("robots/*.yaml"))),
+        ("share/" + package + "/robots/models", sorted(glob("robots/models/*"))),
         ("share/" + package + "/policies", sorted(glob("policies/*.yaml"))),
     ],
     install_requires=["setuptools"],

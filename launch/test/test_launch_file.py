@@ -82,6 +82,25 @@ def test_strategy_given_by_argument_overrides_the_policy_description():
     assert "strategy:=naive" in executor({"strategy": "naive"})
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "driven"),
+    [
+        ("robot", {}, True), ("robot", {"drivers": "false"}, False), ("sim", {}, False),
+        ("teleop", {}, True), ("teleop", {"drivers": "false"}, False), ("teleop", {"sim": "true"}, False),
+    ],
+)  # fmt: skip
+def test_the_arms_are_driven_unless_another_node_or_a_simulator_does(name, arguments, driven):
+    processes = load(LAUNCH / f"{name}.launch.yaml", arguments)
+    assert ("driver_node" in [process.name for process in processes]) == driven
+
+
+def test_the_driver_that_is_given_takes_the_place_of_the_robots_own():
+    for name in ("robot", "teleop"):
+        processes = load(LAUNCH / f"{name}.launch.yaml", {"driver": "mujoco"})
+        command = next(process.command for process in processes if process.name == "driver_node")
+        assert "driver:=mujoco" in command
+
+
 @pytest.mark.parametrize("name", ["sim.launch.yaml", "robot.launch.yaml"])
 def test_every_node_gets_the_dds_profile_unless_the_user_has_one(name, monkeypatch):
     variable = "FASTDDS_DEFAULT_PROFILES_FILE"
