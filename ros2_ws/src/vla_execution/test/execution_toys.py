@@ -33,12 +33,12 @@ class ToyController:
     def __init__(self, pose=START):
         self.goal = se3.pose_to_matrix(pose[:7])
         self.joints = ROBOT.arms[0].home.copy()
-        self.gripper, self.sequence, self.source, self.state = 1.0, 0, "", "holding"
+        self.gripper, self.sequence, self.source, self.state = 1.0, 0, "", "armed"
         self.log, self.commands, self._late = [], [], None
 
     def step(self, command):
         command, self._late = self._late, command
-        if command is None or self.state not in ("holding", "running"):
+        if command is None or self.state not in ("armed", "holding", "running"):
             return
         self.commands.append(command)
         self.sequence, self.source = command.sequence, "executor"

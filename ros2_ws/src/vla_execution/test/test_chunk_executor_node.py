@@ -26,7 +26,7 @@ class Graph(Node):
 
     def __init__(self):
         super().__init__("graph")
-        self.alive, self.spoil, self.state = True, None, SafetyStatus.HOLDING
+        self.alive, self.spoil, self.state = True, None, SafetyStatus.ARMED
         self.position, self.begin = START[0], None
         self.requests, self.commands, self.diagnostics = [], [], []
         self._sequence, self._source = 0, ""

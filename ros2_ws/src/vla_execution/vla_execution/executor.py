@@ -30,7 +30,8 @@ from vla_execution.strategies import ExecutionConfig, RequestPlan, make_strategy
 
 #: States of the safety controller in which commands are sent. While it brakes they are sent only if it was this
 #: executor's own hold that made it brake: a plan that comes then goes on at once; else the plan waits.
-READY = ("holding", "running")
+RESTING = ("armed", "holding")
+READY = (*RESTING, "running")
 PAUSED = ("stopping",)
 #: An arm that has held for this long is at rest, and so is what a policy sees of it, s.
 SETTLE = 0.1
@@ -243,7 +244,7 @@ class Executor:
             self._sequence = max(self._sequence, status.sequence)  # after a restart: go on counting
         goals = self._goals.predict(status, now)
         self._goal = goals or self._goal
-        if status.state != "holding":
+        if status.state not in RESTING:
             self._moved = now
         if status.state in PAUSED and not self._holding:
             return None

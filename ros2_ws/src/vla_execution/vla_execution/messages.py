@@ -17,8 +17,9 @@ from vla_execution.goal import ArmStatus, Status
 _KINDS = {ActionTrajectory.POSE: "pose", ActionTrajectory.JOINT: "joint"}
 _STATES = {
     SafetyStatus.DISARMED: "disarmed",
-    SafetyStatus.HOLDING: "holding",
+    SafetyStatus.ARMED: "armed",
     SafetyStatus.RUNNING: "running",
+    SafetyStatus.HOLDING: "holding",
     SafetyStatus.STOPPING: "stopping",
     SafetyStatus.STOPPED: "stopped",
     SafetyStatus.FAULT: "fault",

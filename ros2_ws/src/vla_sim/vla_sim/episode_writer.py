@@ -5,7 +5,14 @@ from __future__ import annotations
 from rclpy.serialization import serialize_message
 from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
-from vla_control.messages import fill_status, fill_target, status_message, target_message, write_command
+from vla_control.messages import (
+    fill_status,
+    fill_target,
+    status_message,
+    target_message,
+    write_command,
+    write_event,
+)
 from vla_msgs.msg import EpisodeEvent
 from vla_teleop.bag_writer import BagWriter
 from vla_teleop.interfaces import type_name
@@ -39,6 +46,8 @@ class EpisodeWriter:
         self._write("/command", write_command(period.command, robot, messages.stamp(period.command.stamp)), now)
         status = fill_status(status_message(robot), decision, decision.sent, stamp, world.period)
         self._write("/safety_status", status, now)
+        for event in decision.events:
+            self._write("/safety_events", write_event(event, robot, stamp), now)
         for arm in robot.arms:
             sent = fill_target(target_message(arm, robot.base_frame), arm, decision.sent[arm.name], stamp)
             self._write(f"/{arm.name}/joint_targets", sent, now)

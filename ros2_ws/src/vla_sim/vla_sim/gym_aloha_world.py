@@ -39,9 +39,9 @@ class GymAlohaWorld(World):
     tasks = ("transfer_cube",)
 
     def __init__(self, robot: Robot, task: str | None = None):
-        if not np.allclose(robot.T_base_model, np.eye(4)):
-            raise WorldError(f"robot {robot.name}: model.xyz, model.rpy: expected zeros for gym_aloha's fixed scene")
-        self._physics = dm_mujoco.Physics.from_xml_path(str(robot.model))
+        if len(robot.parts) != 1 or not np.allclose(robot.parts[0].T_base_part, np.eye(4)):
+            raise WorldError(f"robot {robot.name}: model: expected gym_aloha's scene alone, xyz and rpy zero")
+        self._physics = dm_mujoco.Physics.from_xml_path(str(robot.parts[0].file))
         self._reward = TransferCubeTask()
         super().__init__(robot, self._physics.model.ptr, self._physics.data.ptr, task)
 

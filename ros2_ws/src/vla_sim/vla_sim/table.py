@@ -359,13 +359,6 @@ def _dress_arm(spec: mujoco.MjSpec, robot: Robot) -> None:
             geom.rgba = [shade, shade, shade + 0.02, 1.0]
             if finger:
                 geom.condim, geom.friction = 4, [1.2, 0.01, 0.001]
-    for root in (body for body in bodies if body.parent.name == "world"):
-        T = np.eye(4)
-        mujoco.mju_quat2Mat(rotation := np.zeros(9), root.quat)
-        T[:3, :3], T[:3, 3] = rotation.reshape(3, 3), root.pos
-        T = robot.T_base_model @ T
-        mujoco.mju_mat2Quat(quat := np.zeros(4), T[:3, :3].ravel())
-        root.pos, root.quat = T[:3, 3], quat
     driven = {joint.name: joint for joint in spec.joints}
     for name in robot.joint_names + robot.finger_names:
         joint = driven[name]

@@ -9,6 +9,7 @@ import tty
 
 import numpy as np
 import pytest
+from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 from vla_msgs.msg import Command
 from vla_msgs.srv import StartEpisode, StopEpisode
@@ -30,8 +31,9 @@ def teleop(processes):
 @pytest.fixture
 def graph(node):
     """What the node sends: commands, and the names of services called."""
-    node.commands, node.calls = [], []
+    node.commands, node.calls, node.stops = [], [], []
     node.create_subscription(Command, "/command", node.commands.append, 100)
+    node.create_subscription(Bool, "/emergency_stop", node.stops.append, 10)
 
     def answer(name):
         def take(request, response):
@@ -88,8 +90,10 @@ def test_keyboard_drives_stops_and_calls_services(teleop, graph):
         (b"c", "/recorder/discard", None),
         (b"x", "/safety_controller/stop", None),
     ):
+        assert graph.stops == []
         os.write(person, key)
         assert graph.spin_until(lambda n=name, o=outcome: graph.calls[-1:] == [(n, o)], 5.0)
+    assert graph.spin_until(lambda: [m.data for m in graph.stops] == [True], 5.0)  # also when no service is there
 
     os.write(person, b"q")
     assert process.wait(10.0) == 0

@@ -34,7 +34,10 @@ _TOPICS = (
     RecordedTopic("/action_chunk", "vla_msgs/msg/ActionChunk", Qos(depth=5)),
     RecordedTopic("/chunk_request", "vla_msgs/msg/ChunkRequest", Qos(depth=5)),
     RecordedTopic("/safety_status", "vla_msgs/msg/SafetyStatus"),
+    RecordedTopic("/safety_events", "vla_msgs/msg/SafetyEvent", Qos(depth=100)),
+    RecordedTopic("/driver_status", "vla_msgs/msg/DriverStatus"),
     RecordedTopic("/emergency_stop", "std_msgs/msg/Bool"),
+    RecordedTopic("/enable", "std_msgs/msg/Bool"),
     RecordedTopic("/tf", "tf2_msgs/msg/TFMessage", Qos(depth=100)),
     RecordedTopic("/tf_static", "tf2_msgs/msg/TFMessage", _LATCHED),
     RecordedTopic("/instruction", "std_msgs/msg/String", _LATCHED),
@@ -51,6 +54,7 @@ def recorded_topics(robot: Robot, images: str) -> tuple[RecordedTopic, ...]:
     topics = list(_TOPICS)
     for arm in robot.arms:
         topics.append(RecordedTopic(f"/{arm.name}/joint_targets", "sensor_msgs/msg/JointState", Qos(depth=5)))
+        topics.append(RecordedTopic(f"/{arm.name}/wrench", "geometry_msgs/msg/WrenchStamped"))
     for camera in robot.cameras:
         base = f"/camera/{camera.name}"
         topics.append(RecordedTopic(f"{base}/camera_info", "sensor_msgs/msg/CameraInfo", Qos(depth=5)))

@@ -14,6 +14,7 @@ from geometry_msgs.msg import Vector3
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 from vla_core.robot import load_robot
 from vla_msgs.msg import ArmCommand, Command, SafetyStatus
@@ -51,6 +52,7 @@ class TeleopNode(Node):
         self._sequence = 0
         self._status: SafetyStatus | None = None
         self._commands = self.create_publisher(Command, "/command", QoSProfile(depth=5))
+        self._emergency_stop = self.create_publisher(Bool, "/emergency_stop", QoSProfile(depth=10))
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", QoSProfile(depth=10))
         self.create_subscription(SafetyStatus, "/safety_status", self._on_status, QoSProfile(depth=10))
         self._requests = {
@@ -119,7 +121,11 @@ class TeleopNode(Node):
     def _press(self, button: str) -> None:
         if button == "quit":
             self.done = True
-        elif button in self._requests:
+            return
+        if button == "stop":
+            # Before the service, which may not be there; it also tells the operator what came of it.
+            self._emergency_stop.publish(Bool(data=True))
+        if button in self._requests:
             self._call(button, *self._requests[button])
         else:
             arms = self._status.arms if self._status else []
