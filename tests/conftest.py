@@ -11,6 +11,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share the running graph come last: once it runs, it takes processor time from all that follow."""
+    items.sort(key=lambda item: "running_graph" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def policies(tmp_path_factory) -> Path:
     """A folder of checkpoints: left and right can drive the Panda; the others are not to be used."""

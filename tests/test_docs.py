@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 LOOPS = {
     "chunk_executor_node": [("vla_execution/vla_execution/strategies.py", "ExecutionConfig")],
     "safety_controller_node": [
-        ("vla_control/vla_control/motion.py", "MotionLimits"),
+        ("vla_control/vla_control/goal.py", "MotionLimits"),
         ("vla_control/vla_control/safety.py", "SafetyLimits"),
     ],
 }

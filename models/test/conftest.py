@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -98,6 +99,15 @@ def make_episodes(spec: PolicySpec, count: int = 6, ticks: int = 8, seed: int = 
                     np.full(ticks, spec.horizon), 0.1 * np.arange(ticks))
         )  # fmt: skip
     return episodes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from more threads, which on a busy machine wait for each other."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
