@@ -232,6 +232,39 @@ def test_a_way_past_something_is_found_to_pass_too_near(cells):
     assert seen > 1000
 
 
+@pytest.mark.parametrize("name", ["panda", "aloha", "pair"])
+def test_no_pair_that_comes_nearer_on_the_way_than_it_may_is_passed_over(name, pair, cells):
+    """Each pair may come as near as it does on the way, less a micrometre: then it is at risk."""
+    cell, robot = cells[name], robot_of(name, pair)
+    places = [geometry.make_place(cell._layout[0]) for _ in range(2)]
+    here, there = (geometry.unpack_place(cell._layout[0], *place) for place in places)
+    rng, chosen = np.random.default_rng(8), []
+
+    def distances(place, q):
+        geometry.look(*cell._layout, *places[place], q, 10.0)
+        found, count = np.full(len(cell.pairs), np.inf), (here, there)[place].count[0]
+        np.minimum.at(found, (here, there)[place].pair[:count], (here, there)[place].distance[:count])
+        return found
+
+    def check(q, way):
+        nearest = np.min([distances(1, q + share * way) for share in np.linspace(0.0, 1.0, 41)], axis=0)
+        distances(0, q)
+        at_end, moved = distances(1, q + way), geometry._moved(cell.layout, there, here)
+        at_risk = geometry._at_risk(cell.layout, there, moved, way, nearest + 1e-6, 10.0)
+        assert set(np.flatnonzero(at_end > nearest + 1e-6)) <= set(at_risk)
+        chosen.append(len(geometry._at_risk(cell.layout, there, moved, way, cell.layout.margin, 10.0)))
+
+    for q in configurations(robot, 40, seed=9):
+        for size in (0.02, 0.1, 0.5):
+            check(q, rng.uniform(-size, size, cell.n))
+        # The tool swings out and comes back, so that its way bends, and leads nowhere.
+        cell.update(q)
+        half = np.zeros(cell.n)
+        half[cell.slices[robot.arms[0].name]] = 0.4 * np.linalg.svd(cell.jacobian(robot.arms[0].name))[2][-1]
+        check(q - half, 2.0 * half)
+    assert np.mean(chosen[::4]) < 0.1 * len(cell.pairs)  # few are, on short ways
+
+
 def test_a_way_to_rest_does_not_bring_links_nearer_whose_capsules_keep_their_distance(cells):
     robot, cell = load_robot("panda"), cells["panda"]
     there, rng, free, caught = cell.twin(), np.random.default_rng(5), 0, 0

@@ -230,6 +230,13 @@ class Cell:
             [[T[:3, :3] @ end + T[:3, 3] for end in (c.start, c.end)] for (_, T), c in zip(links, capsules)]
         )
         radius = np.array([capsule.radius for capsule in capsules], float)
+        # Back along the chain: no axis of a joint that moves a frame is farther from the frame's own than this. One that
+        # slides bends the way of what it carries by less than another metre would.
+        chain = np.zeros(self.n + 1)
+        slides = np.concatenate([1.0 + np.maximum(-arm.limits.lower, arm.limits.upper) for arm in robot.arms])
+        for k in order:
+            offset = np.linalg.norm(T_parent_joint[k, :3, 3]) if parents[k] >= 0 else 0.0
+            chain[k] = chain[parents[k]] + offset + (0.0 if hinge[k] else slides[k])
         owner = ["" if frame < 0 else arm_of[frame] for frame, _ in links]
         boxes = [obstacle.box for obstacle in robot.collision.world]
         margins = self._margins(capsules, owner)
@@ -247,6 +254,7 @@ class Cell:
             pairs=pairs, begin=np.array([0, *(part.stop for part in self.slices.values())]),
             tool=np.array([frame for frame, _ in tools]), T_parent_joint=T_parent_joint[:, :3], axis=axes, ends=ends,
             radius=radius, sphere=np.linalg.norm(ends[:, 1] - ends[:, 0], axis=1) / 2 + radius,
+            reach=np.linalg.norm(ends, axis=2).max(axis=1) + chain[[frame for frame, _ in links]],
             boxes=np.array([[box.lower, box.upper] for box in boxes]), margin=np.array(list(margins.values())),
             moves=moves, T_frame_tool=np.array([(T @ a.tool.T_link_tool)[:3] for (_, T), a in zip(tools, robot.arms)]),
             workspace=np.array([[a.workspace.lower - TOLERANCE, a.workspace.upper + TOLERANCE] for a in robot.arms]),

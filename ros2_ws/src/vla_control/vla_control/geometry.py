@@ -31,7 +31,8 @@ class Layout(NamedTuple):
     order (n,): joints, parents first. parent (n,): the joint whose frame carries each, -1 for the base. T_parent_joint
     (n, 3, 4): at q = 0, upper rows. axis (n, 3), in the joint's frame; hinge (n,): whether it turns.
     link (g,): the frame each capsule is on, -1 for the base; ends (g, 2, 3) of its axis there; radius (g,); sphere
-    (g,): half its length, and its radius. boxes (boxes, 2, 3): lower and upper corner in the base frame.
+    (g,): half its length, and its radius; reach (g,): no joint that moves it has its axis farther from its ends, m.
+    boxes (boxes, 2, 3): lower and upper corner in the base frame.
     pairs (k, 2): watched ones, a capsule and a capsule, or a box numbered after the capsules; margin (k,), m.
     moves (n + 1, n): whether a joint moves a frame; the last row is the base's.
     begin (arms + 1,): the first joint of each arm, and n. tool (arms,): frames of the tools; T_frame_tool (arms, 3, 4),
@@ -51,6 +52,7 @@ class Layout(NamedTuple):
     ends: np.ndarray
     radius: np.ndarray
     sphere: np.ndarray
+    reach: np.ndarray
     boxes: np.ndarray
     margin: np.ndarray
     moves: np.ndarray
@@ -131,6 +133,7 @@ def unpack_layout(whole, others):
     ends, at = _cut(others, at, (g, 2, 3))
     radius, at = _cut(others, at, (g,))
     sphere, at = _cut(others, at, (g,))
+    reach, at = _cut(others, at, (g,))
     corners, at = _cut(others, at, (boxes, 2, 3))
     margin, at = _cut(others, at, (k,))
     moves, at = _cut(others, at, (n + 1, n))
@@ -139,8 +142,8 @@ def unpack_layout(whole, others):
     cone, at = _cut(others, at, (arms, 2, 3))
     cosine, at = _cut(others, at, (arms,))
     return Layout(
-        order, parent, hinge, link, pairs, begin, tool, T_parent_joint, axis, ends, radius, sphere, corners, margin,
-        moves, T_frame_tool, workspace, cone, cosine,
+        order, parent, hinge, link, pairs, begin, tool, T_parent_joint, axis, ends, radius, sphere, reach, corners,
+        margin, moves, T_frame_tool, workspace, cone, cosine,
     )  # fmt: skip
 
 
@@ -415,15 +418,16 @@ def _note_box(place, k, t, a, b, lower, upper, radius, reach):
 
 
 @compiled
-def _search(layout, place, influence):
-    """Find the watched pairs nearer than `influence`, m, beyond their margin. A capsule along a box is found twice,
-    where it is nearest and at its far end, so that what keeps it off does not change from end to end.
+def _search(layout, place, chosen, influence):
+    """Find which of the `chosen` pairs, by number, are nearer than `influence`, m, beyond their margin. A capsule along
+    a box is found twice, where it is nearest and at its far end, so that what keeps it off does not change from end to
+    end.
 
     Returns the smallest distance, m, its pair, and the least distance beyond a margin, m; infinity and -1 when nothing
     is near."""
     capsules, all_ends = len(layout.link), place.ends
     place.count[0] = 0
-    for k in range(len(layout.pairs)):
+    for k in chosen:
         i, j = layout.pairs[k, 0], layout.pairs[k, 1]
         reach = layout.margin[k] + influence
         far = reach + layout.sphere[i]
@@ -475,7 +479,7 @@ def look(layout_whole, layout_others, whole, others, q, influence):
     layout, place = unpack_layout(layout_whole, layout_others), unpack_place(layout_whole, whole, others)
     _put(layout, place, q)
     _find_jacobians(layout, place)
-    found = _search(layout, place, influence)
+    found = _search(layout, place, np.arange(len(layout.pairs)), influence)
     capsules, W, L, rows = len(layout.link), place.W, place.L, place.rows
     for k in range(place.count[0]):
         i, j = layout.pairs[place.pair[k], 0], layout.pairs[place.pair[k], 1]
@@ -505,16 +509,43 @@ def _least_room(place, kept):
 
 @compiled
 def _moved(layout, place, other):
-    """How far the end of a capsule is at most from where it is in another place, m."""
-    most = 0.0
+    """How far each capsule's ends are at most from where they are in another place (g,), m."""
+    moved = np.zeros(len(layout.link))
     for g in range(len(layout.link)):
         if layout.link[g] >= 0:
             begin = end = 0.0
             for i in range(3):
                 begin += (place.ends[g, 0, i] - other.ends[g, 0, i]) ** 2
                 end += (place.ends[g, 1, i] - other.ends[g, 1, i]) ** 2
-            most = max(most, begin, end)
-    return math.sqrt(most)
+            moved[g] = math.sqrt(max(begin, end))
+    return moved
+
+
+@compiled
+def _at_risk(layout, place, moved, way, kept, influence):
+    """Numbers of the pairs that may come nearer than `kept`, m, on the straight way (n,) that ends at this place, where
+    `_search` found what is near of all; the others need no look on the way.
+
+    Along a way of turns that add up to w, a point within r of the axes leaves the straight line between its ends by
+    w^2 r / 8 at most: its second derivative is at most w^2 r.
+    """
+    capsules, turned, far = len(layout.link), np.zeros(len(way)), np.empty(len(moved))
+    for k in layout.order:
+        turned[k] = abs(way[k]) + (turned[layout.parent[k]] if layout.parent[k] >= 0 else 0.0)
+    for g in range(capsules):
+        turn = turned[layout.link[g]] if layout.link[g] >= 0 else 0.0
+        far[g] = moved[g] + turn * turn * layout.reach[g] / 8.0
+    chosen, many, at = np.empty(len(layout.pairs), np.int64), 0, 0
+    for k in range(len(layout.pairs)):
+        i, j = layout.pairs[k, 0], layout.pairs[k, 1]
+        room = layout.margin[k] + influence - kept[k]
+        while at < place.count[0] and place.pair[at] == k:
+            room = min(room, place.distance[at] - kept[k])
+            at += 1
+        if room < far[i] + (far[j] if j < capsules else 0.0):
+            chosen[many] = k
+            many += 1
+    return chosen[:many]
 
 
 # ----------------------------------------------------------------------------------------------------- way to rest
@@ -551,16 +582,16 @@ def first_broken(
     WORKSPACE or CONE and the arms, as bits. Layout and places are packed; `there` ends where that is.
 
     The way is looked at from its end to its share `first`, in steps within which little can come nearer than was found,
-    of at least `step`, m. kept: distances of the pairs, m. What is outside already counts only when it would get
+    of at least `step`, m, and after its end only at the pairs that are at risk there. kept: distances of the pairs, m. What is outside already counts only when it would get
     farther out.
     """
     layout = unpack_layout(layout_whole, layout_others)
     there = unpack_place(layout_whole, there_whole, there_others)
     here = unpack_place(layout_whole, here_whole, here_others)
-    share, length = 1.0, 0.0
+    share, length, chosen = 1.0, 0.0, np.arange(len(layout.pairs))
     while True:
         _put(layout, there, q + share * way)
-        _search(layout, there, influence)
+        _search(layout, there, chosen, influence)
         room, pair = _least_room(there, kept)
         if room < -exact:
             return COLLISION, pair
@@ -573,7 +604,9 @@ def first_broken(
                 if _upright(layout, there, a) < least - exact:
                     return CONE, 1 << a
         if share == 1.0:
-            length = 2.0 * _moved(layout, there, here)  # both of a pair move
+            moved = _moved(layout, there, here)
+            length = 2.0 * moved.max()  # both of a pair move
+            chosen = _at_risk(layout, there, moved, way, kept, influence)
         if share <= first:
             return FREE, 0
         share = max(first, share - max(min(room, influence), step) / max(length, step))
