@@ -12,7 +12,9 @@ from fit_wheels import ENDLESS, LONGEST, with_an_end  # noqa: E402
 
 ENDLESS_TIME = b"\xff" * 7 + b"\x7f"
 #: set_listener(listener) and set_listener(listener, mask) as the wheels have them.
-FUNCTIONS = b"\x48\xba" + ENDLESS_TIME + b"\xe9\x71\xde\xec\xff\x90\x48\xb9" + ENDLESS_TIME + b"\xe9\x11\xe6\xec\xff\x90"
+FUNCTIONS = (
+    b"\x48\xba" + ENDLESS_TIME + b"\xe9\x71\xde\xec\xff\x90\x48\xb9" + ENDLESS_TIME + b"\xe9\x11\xe6\xec\xff\x90"
+)
 
 
 def test_the_wait_gets_an_end_and_nothing_else_changes():

@@ -230,8 +230,8 @@ class Cell:
             [[T[:3, :3] @ end + T[:3, 3] for end in (c.start, c.end)] for (_, T), c in zip(links, capsules)]
         )
         radius = np.array([capsule.radius for capsule in capsules], float)
-        # Back along the chain: no axis of a joint that moves a frame is farther from the frame's own than this. One that
-        # slides bends the way of what it carries by less than another metre would.
+        # Back along the chain: no axis of a joint that moves a frame is farther from the frame's own than this. A joint
+        # that slides bends the way of what it carries by less than another metre would.
         chain = np.zeros(self.n + 1)
         slides = np.concatenate([1.0 + np.maximum(-arm.limits.lower, arm.limits.upper) for arm in robot.arms])
         for k in order:

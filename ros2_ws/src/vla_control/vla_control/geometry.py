@@ -582,8 +582,8 @@ def first_broken(
     WORKSPACE or CONE and the arms, as bits. Layout and places are packed; `there` ends where that is.
 
     The way is looked at from its end to its share `first`, in steps within which little can come nearer than was found,
-    of at least `step`, m, and after its end only at the pairs that are at risk there. kept: distances of the pairs, m. What is outside already counts only when it would get
-    farther out.
+    of at least `step`, m, and after its end only at the pairs that are at risk there. kept: distances of the pairs, m.
+    What is outside already counts only when it would get farther out.
     """
     layout = unpack_layout(layout_whole, layout_others)
     there = unpack_place(layout_whole, there_whole, there_others)
