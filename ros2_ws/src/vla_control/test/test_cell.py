@@ -249,10 +249,11 @@ def test_no_pair_that_comes_nearer_on_the_way_than_it_may_is_passed_over(name, p
     def check(q, way):
         nearest = np.min([distances(1, q + share * way) for share in np.linspace(0.0, 1.0, 41)], axis=0)
         distances(0, q)
-        at_end, moved = distances(1, q + way), geometry._moved(cell.layout, there, here)
-        at_risk = geometry._at_risk(cell.layout, there, moved, way, nearest + 1e-6, 10.0)
-        assert set(np.flatnonzero(at_end > nearest + 1e-6)) <= set(at_risk)
-        chosen.append(len(geometry._at_risk(cell.layout, there, moved, way, cell.layout.margin, 10.0)))
+        far, at_end = geometry._travel(cell.layout, there, here, q, way)[0], distances(1, q + way)
+        assert set(np.flatnonzero(at_end > nearest + 1e-6)) <= set(
+            geometry._at_risk(cell.layout, there, far, nearest + 1e-6)
+        )
+        chosen.append(len(geometry._at_risk(cell.layout, there, far, cell.layout.margin)))
 
     for q in configurations(robot, 40, seed=9):
         for size in (0.02, 0.1, 0.5):

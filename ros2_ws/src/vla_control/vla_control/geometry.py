@@ -21,6 +21,8 @@ compiled = njit(cache=True)
 
 #: Segments shorter than this are points, m; box and axis overlap when nearer than this, m.
 _POINT, _TOUCH = 1e-9, 1e-9
+#: A way is measured in as many pieces as leave the links this near the straight line, m, and in so many at most.
+_BEND, _PIECES = 1e-2, 6
 #: What a way to rest may run into first.
 FREE, COLLISION, WORKSPACE, CONE = 0, 1, 2, 3
 
@@ -508,44 +510,88 @@ def _least_room(place, kept):
 
 
 @compiled
-def _moved(layout, place, other):
-    """How far each capsule's ends are at most from where they are in another place (g,), m."""
-    moved = np.zeros(len(layout.link))
+def _away(layout, ends, place, away):
+    """Raise `away` (g,) to how far the ends of each capsule are in a place from other ends (g, 3, 3), m."""
     for g in range(len(layout.link)):
         if layout.link[g] >= 0:
             begin = end = 0.0
             for i in range(3):
-                begin += (place.ends[g, 0, i] - other.ends[g, 0, i]) ** 2
-                end += (place.ends[g, 1, i] - other.ends[g, 1, i]) ** 2
-            moved[g] = math.sqrt(max(begin, end))
-    return moved
+                begin += (place.ends[g, 0, i] - ends[g, 0, i]) ** 2
+                end += (place.ends[g, 1, i] - ends[g, 1, i]) ** 2
+            away[g] = max(away[g], math.sqrt(max(begin, end)))
 
 
 @compiled
-def _at_risk(layout, place, moved, way, kept, influence):
-    """Numbers of the pairs that may come nearer than `kept`, m, on the straight way (n,) that ends at this place, where
-    `_search` found what is near of all; the others need no look on the way.
+def _travel(layout, there, here, q, way):
+    """How far each capsule's ends on the straight way (n,) from q (n,), where `here` is, are at most from where it ends
+    (g,), m, and the greatest distance of them between its ends. `there` ends where that is.
 
     Along a way of turns that add up to w, a point within r of the axes leaves the straight line between its ends by
-    w^2 r / 8 at most: its second derivative is at most w^2 r.
+    w^2 r / 8 at most: its second derivative is at most w^2 r. A way that bends is measured in pieces.
     """
-    capsules, turned, far = len(layout.link), np.zeros(len(way)), np.empty(len(moved))
+    capsules, turned, bend = len(layout.link), np.empty(len(way)), np.zeros(len(layout.link))
     for k in layout.order:
         turned[k] = abs(way[k]) + (turned[layout.parent[k]] if layout.parent[k] >= 0 else 0.0)
     for g in range(capsules):
-        turn = turned[layout.link[g]] if layout.link[g] >= 0 else 0.0
-        far[g] = moved[g] + turn * turn * layout.reach[g] / 8.0
-    chosen, many, at = np.empty(len(layout.pairs), np.int64), 0, 0
-    for k in range(len(layout.pairs)):
+        if layout.link[g] >= 0:
+            bend[g] = turned[layout.link[g]] ** 2 * layout.reach[g] / 8.0
+    pieces = min(max(1, math.ceil(math.sqrt(bend.max() / _BEND))), _PIECES)
+    between = np.empty((pieces - 1, capsules, 3, 3))
+    for k in range(1, pieces):
+        _put(layout, there, q + k / pieces * way)
+        between[k - 1] = there.ends
+    _put(layout, there, q + way)
+    far = np.zeros(capsules)
+    _away(layout, here.ends, there, far)
+    length = far.max()
+    for k in range(pieces - 1):
+        _away(layout, between[k], there, far)
+    return far + bend / pieces**2, length
+
+
+@compiled
+def _at_risk(layout, place, far, kept):
+    """Numbers of the pairs that may come nearer than `kept`, m, on a way that ends at this place, when the ends of
+    their capsules are never farther than `far` (g,), m, from where they are here. The others need no look on the way.
+    `_search` found what is near of all pairs, to twice the greatest of `far` at least.
+    """
+    capsules, chosen, many = len(layout.link), np.empty(place.count[0], np.int64), 0
+    for at in range(place.count[0]):
+        k = place.pair[at]
         i, j = layout.pairs[k, 0], layout.pairs[k, 1]
-        room = layout.margin[k] + influence - kept[k]
-        while at < place.count[0] and place.pair[at] == k:
-            room = min(room, place.distance[at] - kept[k])
-            at += 1
-        if room < far[i] + (far[j] if j < capsules else 0.0):
-            chosen[many] = k
-            many += 1
+        if place.distance[at] - kept[k] < far[i] + (far[j] if j < capsules else 0.0):
+            if many == 0 or chosen[many - 1] != k:
+                chosen[many] = k
+                many += 1
     return chosen[:many]
+
+
+@compiled
+def _plan(place, chosen, due, kept, share, influence, step, length):
+    """After a look, at a share of a way, at those `chosen` pairs that were `due` there: the share of the next one, and
+    the pairs to be looked at then. due (k,): at which share each is to be looked at again, set here. A way is `length`
+    long, m; steps are `step` at least and `influence` at most.
+    """
+    for c in range(len(chosen)):
+        if due[c] >= share:
+            due[c] = share - max(influence, step) / length
+    c = 0
+    for at in range(place.count[0]):
+        while c < len(chosen) and chosen[c] < place.pair[at]:
+            c += 1
+        if c < len(chosen) and chosen[c] == place.pair[at]:
+            room = place.distance[at] - kept[chosen[c]]
+            due[c] = max(due[c], share - max(min(room, influence), step) / length)
+    following = share - max(influence, step) / length
+    for c in range(len(chosen)):
+        following = max(following, due[c])
+    looked, many = np.empty(len(chosen), np.int64), 0
+    for c in range(len(chosen)):
+        if due[c] >= following - step / length:
+            due[c] = 1.0  # whatever the share becomes
+            looked[many] = chosen[c]
+            many += 1
+    return following, looked[:many]
 
 
 # ----------------------------------------------------------------------------------------------------- way to rest
@@ -582,16 +628,18 @@ def first_broken(
     WORKSPACE or CONE and the arms, as bits. Layout and places are packed; `there` ends where that is.
 
     The way is looked at from its end to its share `first`, in steps within which little can come nearer than was found,
-    of at least `step`, m, and after its end only at the pairs that are at risk there. kept: distances of the pairs, m.
-    What is outside already counts only when it would get farther out.
+    of at least `step`, m; after its end only at pairs that are at risk there, each when it may be near. kept: distances
+    of the pairs, m. What is outside already counts only when it would get farther out.
     """
     layout = unpack_layout(layout_whole, layout_others)
     there = unpack_place(layout_whole, there_whole, there_others)
     here = unpack_place(layout_whole, here_whole, here_others)
-    share, length, chosen = 1.0, 0.0, np.arange(len(layout.pairs))
+    far, length = _travel(layout, there, here, q, way)
+    length = max(2.0 * length, step)  # both of a pair move
+    share, looked, reach = 1.0, np.arange(len(layout.pairs)), max(influence, 2.0 * far.max())
+    chosen, due = looked, np.ones(0)
     while True:
-        _put(layout, there, q + share * way)
-        _search(layout, there, chosen, influence)
+        _search(layout, there, looked, reach)
         room, pair = _least_room(there, kept)
         if room < -exact:
             return COLLISION, pair
@@ -603,10 +651,11 @@ def first_broken(
                 least = min(layout.cosine[a], _upright(layout, here, a))
                 if _upright(layout, there, a) < least - exact:
                     return CONE, 1 << a
-        if share == 1.0:
-            moved = _moved(layout, there, here)
-            length = 2.0 * moved.max()  # both of a pair move
-            chosen = _at_risk(layout, there, moved, way, kept, influence)
         if share <= first:
             return FREE, 0
-        share = max(first, share - max(min(room, influence), step) / max(length, step))
+        if share == 1.0:
+            chosen, reach = _at_risk(layout, there, far, kept), influence
+            due = np.ones(len(chosen))
+        share, looked = _plan(there, chosen, due, kept, share, influence, step, length)
+        share = max(first, share)
+        _put(layout, there, q + share * way)
