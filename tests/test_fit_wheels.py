@@ -1,6 +1,5 @@
 """What is changed in the ROS 2 wheels: a participant that ends does not wait without end."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def test_a_library_that_looks_otherwise_stays_as_it_is(library):
 
 def test_fast_dds_of_this_environment_waits_no_longer():
     """As loaded by a node; a sourced ROS 2 is built with a C++ library in which that time does not overflow."""
-    found = [path for path in Path(sys.prefix).glob("lib/libfastdds.so*") if re.search(r"\.so\.3\.2", path.name)]
+    found = list(Path(sys.prefix).glob("lib/libfastdds.so*"))
     if not found:
         pytest.skip("ROS 2 is not from the wheels here")
     for path in found:

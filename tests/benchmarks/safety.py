@@ -55,6 +55,13 @@ def spread(function, items: list, processes: int) -> list:
         return pool.map(function, items, chunksize=max(1, min(8, len(items) // (4 * processes))))
 
 
+def judge(function, robot: str, count: int, given) -> tuple[list, list, float]:
+    """`function(robot, number)` for `count` numbers from the first on: verdicts, those that failed, and s it took."""
+    begin = time.perf_counter()
+    found = spread(partial(function, robot), list(range(given.first, given.first + count)), given.processes)
+    return found, [v for v in found if not v.passed], time.perf_counter() - begin
+
+
 def show(verdicts: list, failed: int, seconds: float, text: str, name: str, part: str) -> None:
     print(f"{part:9}{name:14}{len(verdicts):6} runs {failed:5} failed  {text}  ({seconds:.0f} s)", flush=True)
 
@@ -62,11 +69,8 @@ def show(verdicts: list, failed: int, seconds: float, text: str, name: str, part
 def run_attacks(robot: str, given) -> dict:
     from proofs.adversarial import run_attack
 
-    begin = time.perf_counter()
-    found = spread(partial(run_attack, robot), list(range(given.first, given.first + given.runs)), given.processes)
-    seconds = time.perf_counter() - begin
+    found, failed, seconds = judge(run_attack, robot, given.runs, given)
     nearest, short = min(found, key=lambda v: v.distance), max(found, key=lambda v: v.short)
-    failed = [v for v in found if not v.passed]
     configurations = sum(v.configurations for v in found)
     violations = sum(sum(v.violations.values()) for v in found)
     penetrating = sum(v.penetrations > 0 for v in found)
@@ -124,16 +128,14 @@ def run_fuzzes(robot: str, given) -> dict:
 def run_kills(robot: str, given) -> dict:
     from proofs.stopping import run_kill
 
-    begin = time.perf_counter()
-    found = spread(partial(run_kill, robot), list(range(given.first, given.first + given.kills)), given.processes)
-    failed = [v for v in found if not v.passed]
+    found, failed, seconds = judge(run_kill, robot, given.kills, given)
     late = max(v.late for v in found)
     text = (
         f"decided {1e3 * late:.2f} ms after the time-out at most; braking {max(v.brake_time for v in found):.2f} s at "
         f"most, from {max(v.speed for v in found):.2f} rad/s; arms apart by {max(v.apart for v in found)} periods; "
         f"{sum(sum(v.violations.values()) for v in found)} limit violations"
     )
-    show(found, len(failed), time.perf_counter() - begin, text, robot, "kill")
+    show(found, len(failed), seconds, text, robot, "kill")
     return {
         "runs": len(found), "failed": len(failed), "late_s": late, "apart_periods": max(v.apart for v in found),
         "in_time": sum(v.in_time for v in found), "brake_s": max(v.brake_time for v in found),
@@ -144,9 +146,7 @@ def run_kills(robot: str, given) -> dict:
 def run_leaves(robot: str, given) -> dict:
     from proofs.leaving import KINDS, run_leave
 
-    begin = time.perf_counter()
-    found = spread(partial(run_leave, robot), list(range(given.first, given.first + given.states)), given.processes)
-    failed = [v for v in found if not v.passed]
+    found, failed, seconds = judge(run_leave, robot, given.states, given)
     parts, kinds = [], {}
     for kind in KINDS:
         of = [v for v in found if v.kind == kind]
@@ -155,23 +155,21 @@ def run_leaves(robot: str, given) -> dict:
             "violations": sum(v.violations for v in of),
         }  # fmt: skip
         parts.append(f"{kind} {kinds[kind]['left']}/{len(of)} left, {kinds[kind]['entered']} entered")
-    show(found, len(failed), time.perf_counter() - begin, "; ".join(parts), robot, "leave")
+    show(found, len(failed), seconds, "; ".join(parts), robot, "leave")
     return {"runs": len(found), "failed": len(failed), "kinds": kinds, "failures": [asdict(v) for v in failed[:20]]}
 
 
 def run_resumes(robot: str, given) -> dict:
     from proofs.stopping import run_resume
 
-    begin = time.perf_counter()
-    found = spread(partial(run_resume, robot), list(range(given.first, given.first + given.kills)), given.processes)
-    failed = [v for v in found if not v.passed]
+    found, failed, seconds = judge(run_resume, robot, given.kills, given)
     began = [v for v in found if v.began]
     text = (
         f"{len(began)} began, {max((v.step for v in began), default=0):.4f} rad and "
         f"{1e3 * max((v.tool_step for v in began), default=0):.2f} mm from where the arms were measured at most; "
         f"{sum(bool(v.refused) and not v.began for v in found)} refused; armed again {sum(v.rearmed for v in found)}"
     )
-    show(found, len(failed), time.perf_counter() - begin, text, robot, "resume")
+    show(found, len(failed), seconds, text, robot, "resume")
     return {
         "runs": len(found), "failed": len(failed), "began": len(began),
         "step_rad": max((v.step for v in began), default=0),
@@ -182,14 +180,11 @@ def run_resumes(robot: str, given) -> dict:
 def run_lags(robot: str, given) -> dict:
     from proofs.stopping import run_lag
 
-    begin = time.perf_counter()
-    count = max(2, given.kills // 5)
-    found = spread(partial(run_lag, robot), list(range(given.first, given.first + count)), given.processes)
-    failed = sum(not v.passed for v in found)
+    found, failed, seconds = judge(run_lag, robot, max(2, given.kills // 5), given)
     most = max(v.difference for v in found)
     text = f"sent with and without 100 ms of lag differ by {most:.1e} rad; {sum(v.stops for v in found)} stops"
-    show(found, failed, time.perf_counter() - begin, text, robot, "lag")
-    return {"runs": len(found), "failed": failed, "difference_rad": most}
+    show(found, len(failed), seconds, text, robot, "lag")
+    return {"runs": len(found), "failed": len(failed), "difference_rad": most}
 
 
 def _drive(job: tuple):

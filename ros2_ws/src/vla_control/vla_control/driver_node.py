@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import WrenchStamped
 from rclpy.callback_groups import ReentrantCallbackGroup
@@ -25,8 +24,9 @@ from rclpy.node import Node
 from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 from vla_core.robot import Arm, Robot, RobotError, load_robot
-from vla_core.time import seconds, to_msg
+from vla_core.time import seconds
 from vla_msgs.msg import ArmDriverStatus, DriverStatus, SafetyStatus
+from vla_ros.messages import time_message
 from vla_ros.run import run_node
 
 from vla_control.cell_driver import CellDriver, CellReading, make_drivers
@@ -216,12 +216,6 @@ def wrench(arm: Arm, state: ArmState) -> WrenchStamped:
     force, torque = message.wrench.force, message.wrench.torque
     force.x, force.y, force.z, torque.x, torque.y, torque.z = map(float, state.wrench)
     return message
-
-
-def time_message(stamp: float) -> Time:
-    """A stamp, s, as a message."""
-    sec, nanosec = to_msg(stamp)
-    return Time(sec=sec, nanosec=nanosec)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -498,6 +498,9 @@ def look(layout_whole, layout_others, whole, others, q, influence):
     return found
 
 
+# ----------------------------------------------------------------------------------------------------- way to rest
+
+
 @compiled
 def _least_room(place, kept):
     """The least of distance - kept, and which pair has it; infinity and -1 when nothing is near. kept: of each pair."""
@@ -568,33 +571,28 @@ def _at_risk(layout, place, far, kept):
 
 @compiled
 def _plan(place, chosen, due, kept, share, influence, step, length):
-    """After a look, at a share of a way, at those `chosen` pairs that were `due` there: the share of the next one, and
-    the pairs to be looked at then. due (k,): at which share each is to be looked at again, set here. A way is `length`
-    long, m; steps are `step` at least and `influence` at most.
+    """After a look at a share of a way: the share of the next one, and which of the `chosen` pairs to look at then.
+
+    due (k,): at which share each is to be looked at again when nothing near is found of it; brought up to date. A way
+    is `length` long, m; steps are `step` at least and `influence` at most.
     """
-    for c in range(len(chosen)):
-        if due[c] >= share:
-            due[c] = share - max(influence, step) / length
-    c = 0
+    farthest, c = max(influence, step) / length, 0
     for at in range(place.count[0]):
         while c < len(chosen) and chosen[c] < place.pair[at]:
             c += 1
         if c < len(chosen) and chosen[c] == place.pair[at]:
             room = place.distance[at] - kept[chosen[c]]
             due[c] = max(due[c], share - max(min(room, influence), step) / length)
-    following = share - max(influence, step) / length
+    following = share - farthest
     for c in range(len(chosen)):
         following = max(following, due[c])
     looked, many = np.empty(len(chosen), np.int64), 0
     for c in range(len(chosen)):
         if due[c] >= following - step / length:
-            due[c] = 1.0  # whatever the share becomes
+            due[c] = following - farthest
             looked[many] = chosen[c]
             many += 1
     return following, looked[:many]
-
-
-# ----------------------------------------------------------------------------------------------------- way to rest
 
 
 @compiled
@@ -655,7 +653,7 @@ def first_broken(
             return FREE, 0
         if share == 1.0:
             chosen, reach = _at_risk(layout, there, far, kept), influence
-            due = np.ones(len(chosen))
+            due = np.full(len(chosen), 1.0 - max(influence, step) / length)
         share, looked = _plan(there, chosen, due, kept, share, influence, step, length)
         share = max(first, share)
         _put(layout, there, q + share * way)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
-compiled = njit(cache=True)
+from vla_control.geometry import compiled
 
 
 @compiled

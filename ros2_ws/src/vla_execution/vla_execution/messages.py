@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Vector3
 from vla_core import se3
 from vla_core.robot import Robot
-from vla_core.time import seconds, to_msg
+from vla_core.time import seconds
 from vla_msgs.msg import ActionChunk, ActionTrajectory, ArmCommand, ChunkRequest, Command, SafetyStatus
+from vla_ros.messages import time_message
 
 from vla_execution.chunk import Chunk, ChunkRefused
 from vla_execution.executor import ExecutorCommand, Request
@@ -69,13 +69,13 @@ def read_status(message: SafetyStatus) -> Status:
 def write_command(command: ExecutorCommand, robot: Robot, source: str) -> Command:
     """A control period of motion as a message."""
     message = Command()
-    message.header.stamp = _time(command.stamp)
+    message.header.stamp = time_message(command.stamp)
     message.header.frame_id = robot.base_frame
     message.sequence = command.sequence
     message.source = source
     message.period = command.period
     message.hold = command.hold
-    message.observation = _time(command.observed)
+    message.observation = time_message(command.observed)
     message.chunk = command.chunk
     message.boundary_translation, message.boundary_rotation = command.boundary
     for name, motion in command.arms.items():
@@ -94,7 +94,7 @@ def write_command(command: ExecutorCommand, robot: Robot, source: str) -> Comman
 def write_request(request: Request, robot: Robot) -> ChunkRequest:
     """A request for the next chunk as a message."""
     message = ChunkRequest()
-    message.header.stamp = _time(request.stamp)
+    message.header.stamp = time_message(request.stamp)
     message.header.frame_id = robot.base_frame
     message.id = request.id
     plan = request.plan
@@ -108,16 +108,11 @@ def write_request(request: Request, robot: Robot) -> ChunkRequest:
         out.frame_id = robot.base_frame
         out.arms = list(chunk.arms)
         out.representation = {kind: code for code, kind in _KINDS.items()}[chunk.kind]
-        out.start = _time(chunk.start)
+        out.start = time_message(chunk.start)
         out.period = chunk.period
         out.horizon, out.dimension = chunk.targets.shape
         out.data = chunk.targets.ravel().tolist()
     return message
-
-
-def _time(time: float) -> Time:
-    sec, nanosec = to_msg(time)
-    return Time(sec=sec, nanosec=nanosec)
 
 
 def _matrix(pose) -> np.ndarray:

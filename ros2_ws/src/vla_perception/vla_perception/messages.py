@@ -8,16 +8,10 @@ from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Point, Pose, Quaternion, Transform, TransformStamped, Vector3
 from std_msgs.msg import Header
 from vla_core import se3
-from vla_core.time import to_msg
 from vla_msgs.msg import ArmState, CameraImage, Observation
+from vla_ros.messages import time_message
 
 from vla_perception.observation import ArmSample, CameraSample, ObservationSample
-
-
-def time_message(seconds: float) -> Time:
-    """builtin_interfaces/Time of a time in seconds."""
-    sec, nanosec = to_msg(seconds)
-    return Time(sec=sec, nanosec=nanosec)
 
 
 def transform_message(T: np.ndarray) -> Transform:

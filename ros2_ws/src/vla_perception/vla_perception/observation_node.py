@@ -23,12 +23,12 @@ from tf2_msgs.msg import TFMessage
 from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import Observation
+from vla_ros.messages import time_message
 from vla_ros.run import run_node
 
 from vla_perception.calibrations import load_calibrations
 from vla_perception.camera_track import HealthLimits
 from vla_perception.messages import fault_status, observation_message, transform_matrix, transform_stamped
-from vla_perception.messages import time_message as to_time
 from vla_perception.observation import ObservationSampler
 from vla_perception.transforms import TransformBuffer, TransformError
 
@@ -109,7 +109,7 @@ class ObservationNode(Node):
             return
         self._sent_tf = now
         base, tools = self._robot.base_frame, {arm.name: arm.tool.frame for arm in self._robot.arms}
-        transforms = [transform_stamped(base, tools[arm], to_time(stamp), T) for arm, (stamp, T) in poses.items()]
+        transforms = [transform_stamped(base, tools[arm], time_message(stamp), T) for arm, (stamp, T) in poses.items()]
         self._tf.publish(TFMessage(transforms=transforms))
 
     def _on_transforms(self, static: bool, message: TFMessage) -> None:
@@ -153,7 +153,7 @@ class ObservationNode(Node):
                 "age [s]": f"{self._age:.4f}",
             }
             status = fault_status(self.get_name(), faults, values)
-            self._diagnostics.publish(DiagnosticArray(header=Header(stamp=to_time(now)), status=[status]))
+            self._diagnostics.publish(DiagnosticArray(header=Header(stamp=time_message(now)), status=[status]))
 
 
 def main(args: list[str] | None = None) -> None:

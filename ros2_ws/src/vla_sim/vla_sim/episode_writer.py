@@ -14,6 +14,7 @@ from vla_control.messages import (
     write_event,
 )
 from vla_msgs.msg import EpisodeEvent
+from vla_ros.messages import time_message
 from vla_teleop.bag_writer import BagWriter
 from vla_teleop.interfaces import type_name
 
@@ -42,8 +43,8 @@ class EpisodeWriter:
             image = messages.image(world, camera, now, picture)
             self._write(f"/camera/{camera}/image_raw", image, now)
             self._write(f"/camera/{camera}/camera_info", messages.camera_info(world, camera, image), now)
-        stamp, decision = messages.stamp(now), period.decision
-        self._write("/command", write_command(period.command, robot, messages.stamp(period.command.stamp)), now)
+        stamp, decision = time_message(now), period.decision
+        self._write("/command", write_command(period.command, robot, time_message(period.command.stamp)), now)
         status = fill_status(status_message(robot), decision, decision.sent, stamp, world.period)
         self._write("/safety_status", status, now)
         for event in decision.events:

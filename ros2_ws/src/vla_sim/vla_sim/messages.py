@@ -6,21 +6,14 @@ from array import array
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from builtin_interfaces.msg import Time
 from geometry_msgs.msg import TransformStamped
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from vla_core import se3
 from vla_core.robot import Arm
-from vla_core.time import to_msg
 from vla_msgs.msg import EpisodeEvent
+from vla_ros.messages import time_message
 
 from vla_sim.world import Episode, Outcome, World
-
-
-def stamp(time: float) -> Time:
-    """ROS time of a world time, s."""
-    sec, nanosec = to_msg(time)
-    return Time(sec=sec, nanosec=nanosec)
 
 
 def joint_state(time: float, names: Sequence[str], position: np.ndarray, velocity: np.ndarray) -> JointState:
@@ -28,7 +21,7 @@ def joint_state(time: float, names: Sequence[str], position: np.ndarray, velocit
     message.position, message.velocity = np.asarray(position).tolist(), np.asarray(velocity).tolist()
     # Not left empty: rmw pads a message that ends in an empty float64[], and strict bag readers refuse that.
     message.effort = [0.0] * len(message.name)
-    message.header.stamp = stamp(time)
+    message.header.stamp = time_message(time)
     return message
 
 
@@ -37,7 +30,7 @@ def image(world: World, camera: str, time: float, picture: np.ndarray) -> Image:
     height, width, _ = picture.shape
     message = Image(height=height, width=width, encoding="rgb8", step=3 * width)
     message.data = array("B", picture.tobytes())
-    message.header.stamp = stamp(time)
+    message.header.stamp = time_message(time)
     message.header.frame_id = world.robot.camera(camera).frame
     return message
 
@@ -54,7 +47,7 @@ def camera_info(world: World, camera: str, of: Image) -> CameraInfo:
 def tool_transform(world: World, arm: Arm, time: float) -> TransformStamped:
     """T_base_tool of an arm as simulated now."""
     message = TransformStamped(child_frame_id=arm.tool.frame)
-    message.header.stamp, message.header.frame_id = stamp(time), world.robot.base_frame
+    message.header.stamp, message.header.frame_id = time_message(time), world.robot.base_frame
     pose = se3.matrix_to_pose(world.tool_pose(arm.name)).tolist()
     translation, rotation = message.transform.translation, message.transform.rotation
     translation.x, translation.y, translation.z, rotation.x, rotation.y, rotation.z, rotation.w = pose
@@ -71,7 +64,7 @@ def episode_event(world: World, event: int, outcome: Outcome) -> EpisodeEvent:
         detail=outcome.detail,
         reward=outcome.reward,
     )
-    message.header.stamp = stamp(world.time)
+    message.header.stamp = time_message(world.time)
     message.header.frame_id = world.robot.base_frame
     return message
 

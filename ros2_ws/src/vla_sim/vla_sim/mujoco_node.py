@@ -21,6 +21,7 @@ from vla_core.robot import load_robot
 from vla_core.time import seconds
 from vla_msgs.msg import EpisodeEvent
 from vla_msgs.srv import ResetWorld
+from vla_ros.messages import time_message
 from vla_ros.run import run_node
 
 from vla_sim import messages
@@ -85,7 +86,7 @@ class MujocoNode(Node):
         self.world.step()
         now = self.world.time
         self._joint_states.publish(messages.joint_state(now, *self.world.joint_state()))
-        self._clock_topic.publish(ClockMessage(clock=messages.stamp(now)))
+        self._clock_topic.publish(ClockMessage(clock=time_message(now)))
         for camera in self.world.robot.cameras:
             if now >= self._due[camera.name] - 1e-9:
                 self._due[camera.name] += 1.0 / camera.rate
@@ -146,7 +147,7 @@ class MujocoNode(Node):
             KeyValue(key="pictures_skipped", value=str(self._cameras.skipped)),
         ]
         message = DiagnosticArray(status=[status])
-        message.header.stamp = messages.stamp(self.world.time)
+        message.header.stamp = time_message(self.world.time)
         self._diagnostics.publish(message)
 
 
