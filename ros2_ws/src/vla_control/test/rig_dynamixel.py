@@ -29,6 +29,6 @@ class DynamixelRig(ServoRig):
         return {
             "name": "left", "joints": ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate"],
             "gripper": True, "period": 0.02, "port": str(self.bus.path), "zero": self.zero, "sign": self.sign,
-            "reply": 0.05, "stale": 1.3, "watchdog": 0.5,  # a busy machine
+            "reply": 0.3, "stale": 2.0, "watchdog": 2.0,  # a busy machine
             "models": ("xm540-w270",) * 5 + ("xm430-w350",) * 2,
         }  # fmt: skip

@@ -22,5 +22,5 @@ class FeetechRig(ServoRig):
         return {
             "name": "right", "joints": ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll"],
             "gripper": True, "period": 0.02, "port": str(self.bus.path), "zero": self.zero, "sign": self.sign,
-            "reply": 0.05, "stale": 1.3,  # a busy machine
+            "reply": 0.3, "stale": 2.0,  # a busy machine
         }  # fmt: skip

@@ -237,7 +237,7 @@ class FrankaRig(RealTimeRig):
         # Far above what the hardware needs, since the machine that runs the tests may be busy.
         return {
             "name": "left", "joints": [f"joint{i + 1}" for i in range(7)], "gripper": True, "address": "172.16.0.2",
-            "stale": 1.3, **self.extra,
+            "stale": 3.0, **self.extra,
         }  # fmt: skip
 
     def position(self):

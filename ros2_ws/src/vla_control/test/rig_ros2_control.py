@@ -215,7 +215,7 @@ class Ros2ControlRig(RealTimeRig):
             "name": "left", "joints": JOINTS, "robot": self.robot, "node": self.node, "mode": self.mode,
             "command": f"{self.names}/command", "states": f"{self.names}/joint_states", "base_link": "base_link",
             # Far above what the hardware needs, since the machine that runs the tests may be busy.
-            "tip": "link", "stale": 1.5, "patience": 3.0, **self.extra,
+            "tip": "link", "stale": 3.0, "patience": 10.0, **self.extra,
         }  # fmt: skip
 
     def position(self):

@@ -431,7 +431,7 @@ class UrRig(Rig):
         # More than the defaults: the test machine is no real-time host.
         return {
             "name": "left", "joints": [f"joint_{i}" for i in range(6)], "host": self.robot.host, "series": self.series,
-            "timeout": 0.4, "watchdog": 0.4, "answer": 5.0,
+            "timeout": 0.8, "watchdog": 0.8, "answer": 5.0,
         }  # fmt: skip
 
     def time(self):

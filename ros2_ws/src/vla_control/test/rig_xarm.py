@@ -275,7 +275,7 @@ class XarmRig(RealTimeRig):
         return {
             "name": "right", "joints": [f"joint{i + 1}" for i in range(self.joints)], "gripper": self.gripper,
             # Far above what the hardware needs, since the machine that runs the tests may be busy.
-            "address": self.box.address, "timeout": 1.5, "stale": 1.3, "patience": 20.0, **self.extra,
+            "address": self.box.address, "timeout": 1.5, "stale": 3.0, "patience": 20.0, **self.extra,
         }  # fmt: skip
 
     def position(self):

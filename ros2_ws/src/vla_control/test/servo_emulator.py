@@ -91,10 +91,10 @@ class Bus(ABC):
     """The emulated adapter and what hangs on it. `path`: the serial port, the same again after the cable is back.
 
     faults: what happens to the next replies, of "lost", "late", "spoilt", "half", "". jumps: goals that asked a joint
-    for another place than where it was.
+    for another place than where it was. late: s until a late reply comes, longer than the rigs' drivers wait.
     """
 
-    late = 0.15
+    late = 0.45
 
     def __init__(self, servos: list[Servo]):
         self.servos = {servo.number: servo for servo in servos}
@@ -148,7 +148,9 @@ class Bus(ABC):
     def _run(self) -> None:
         waiting = b""
         while not self._ends:
-            time.sleep(0.0003)
+            # Without the lock, for others look at the servos meanwhile; the cable may be pulled while this waits.
+            with contextlib.suppress(OSError):
+                select.select([self._master] if self._master >= 0 else [], [], [], 0.002)
             with self.lock:
                 self.advance()
                 if self._master < 0:

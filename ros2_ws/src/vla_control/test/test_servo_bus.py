@@ -44,7 +44,7 @@ def drive(rig, driver, goal, duration):
         driver.send(target(at))
         rig.wait(driver.arm.period)
         state = driver.read()
-        assert np.abs(state.position - at).max() < 0.2, "a spoilt reply became a state"
+        assert np.abs(state.position - at).max() < 0.5, "a spoilt reply became a state"
 
 
 def writes(rig):
@@ -53,7 +53,7 @@ def writes(rig):
 
 @pytest.mark.parametrize("fault", ["lost", "late", "spoilt", "half"])
 def test_one_bad_reply_now_and_then_is_asked_for_again(rig, make, fault):
-    driver = make(stale=0.5)
+    driver = make()
     driver.connect()
     start = rig.position()
     for _ in range(3):

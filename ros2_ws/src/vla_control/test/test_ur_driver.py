@@ -67,8 +67,8 @@ def test_the_robot_stops_by_itself_when_targets_cease(rig, driver):
         begin = rig.robot._tick
     until(lambda: rig.robot.runtime == 1)
     assert still(rig)
-    # 0.4 s of watchdog, the way to the last target included, then 0.5 rad/s at 8 rad/s^2; its own cycles counted.
-    assert (rig.robot._tick - begin) / rig.robot.hz < 0.4 + 0.1 + 0.1
+    # The watchdog, the way to the last target included, then 0.5 rad/s at 8 rad/s^2; its own cycles counted.
+    assert (rig.robot._tick - begin) / rig.robot.hz < rig.config()["watchdog"] + 0.1 + 0.1
     until(lambda: "has ended" in driver.read().halted)
     with pytest.raises(DriverError, match="arm left: ur .*program on the robot has ended"):
         driver.send(target(rig.position()))
@@ -285,7 +285,7 @@ def test_registers_that_another_client_has_are_one_clear_error(rig, driver):
     "wrong",
     [
         {"series": "f"}, {"watchdog": 0.0}, {"watchdog": float("nan")}, {"lookahead": 0.3}, {"gain": 1.0},
-        {"joints": ["a"] * 7}, {"gripper": True}, {"period": 0.3}, {"period": 0.001}, {"deceleration": -1.0},
+        {"joints": ["a"] * 7}, {"gripper": True}, {"period": 0.5}, {"period": 0.001}, {"deceleration": -1.0},
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused(rig, wrong):
