@@ -31,7 +31,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 #: Goals on a 2-core machine: p99 of a step in ms by number of arm joints; p99 of the loop's jitter in ms when idle.
 STEP_GOAL = {7: 1.0, 12: 2.0, 14: 2.0}
@@ -42,36 +41,6 @@ WARM_UP = 300
 SETTLE = 2.0
 #: Longest time until the node runs, s.
 START = 60.0
-
-
-def write_dual_panda(folder: Path) -> Path:
-    """Description of two Pandas side by side, 0.8 m apart, from the shipped one."""
-    import mujoco
-    from vla_core.kinematics import load_spec
-    from vla_core.robot import load_robot
-
-    panda = load_robot("panda")
-    cell = mujoco.MjSpec()
-    cell.compiler.degree = False
-    tree = yaml.safe_load(panda.path.read_text())
-    shape = tree["arms"].pop("arm")
-    for name, y in (("left", 0.4), ("right", -0.4)):
-        cell.attach(load_spec(panda, geometry=False), prefix=f"{name}_", frame=cell.worldbody.add_frame(pos=[0, y, 0]))
-        arm = json.loads(json.dumps(shape))
-        arm["joints"] = [f"{name}_{joint}" for joint in arm["joints"]]
-        arm["tool"]["link"] = f"{name}_{arm['tool']['link']}"
-        arm["workspace"]["lower"][1] += y
-        arm["workspace"]["upper"][1] += y
-        arm["gripper"]["joints"] = {f"{name}_{joint}": value for joint, value in arm["gripper"]["joints"].items()}
-        tree["arms"][name] = arm
-    cell.compile()
-    (folder / "dual_panda.xml").write_text(cell.to_xml())
-    tree |= {"name": "dual_panda", "cameras": {}}
-    tree["model"]["file"] = "dual_panda.xml"
-    tree.pop("simulation", None)
-    path = folder / "dual_panda.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -278,32 +247,31 @@ def main() -> int:
     print(f"{os.cpu_count()} cores, load {report['load_before']:.1f}")
     columns = f"{'median':>10}{'p99':>10}{'max':>10}{'goal p99':>10}{'yardstick, p99':>22}"
     print(f"{'one step [ms]':22}{'joints':>7}{columns}")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for robot in ("panda", "aloha", str(write_dual_panda(folder))):
-            for motion in MOTIONS:
-                r = time_steps(robot, motion, given.steps)
-                r["goal_p99_ms"] = STEP_GOAL[r["joints"]]
-                r["met"] = r["p99_ms"] <= r["goal_p99_ms"]
-                report["steps"].append(r)
-                label = f"{r['robot']}, {motion}"
-                joints = f"{r['joints']}+2" if r["robot"] == "aloha" else str(r["joints"])
-                print(
-                    f"{label:22}{joints:>7}{r['median_ms']:10.3f}{r['p99_ms']:10.3f}{r['max_ms']:10.3f}"
-                    f"{r['goal_p99_ms']:10.1f}{r['yardstick_median_ms']:12.3f}{r['yardstick_p99_ms']:10.3f}"
-                )
-        if given.seconds > 0:
-            for key in ("loop", "loop_realtime") if may_be_realtime() else ("loop",):
-                loop = measure_loop("panda", given.seconds, folder, key == "loop_realtime")
-                loop |= {"goal_p99_ms": JITTER_GOAL, "met": loop["jitter_p99_ms"] <= JITTER_GOAL}
-                report[key] = loop
-                print(
-                    f"{key.replace('_', ', ')}: {loop['periods']} periods of {loop['nominal_ms']:.0f} ms, "
-                    f"{loop['running']} of them running; jitter: median {loop['jitter_median_ms']:.3f}, p99 "
-                    f"{loop['jitter_p99_ms']:.3f}, max {loop['jitter_max_ms']:.3f} ms; {loop['overruns']} overruns; "
-                    f"load {loop['load_before']:.1f} (goal: p99 {JITTER_GOAL:.1f} ms on an idle machine; "
-                    f"p99 of a bare loop: {loop['bare_jitter_p99_ms']:.3f})"
-                )
+    for robot in ("panda", "aloha", "dual_panda"):
+        for motion in MOTIONS:
+            r = time_steps(robot, motion, given.steps)
+            r["goal_p99_ms"] = STEP_GOAL[r["joints"]]
+            r["met"] = r["p99_ms"] <= r["goal_p99_ms"]
+            report["steps"].append(r)
+            label = f"{r['robot']}, {motion}"
+            joints = f"{r['joints']}+2" if r["robot"] == "aloha" else str(r["joints"])
+            print(
+                f"{label:22}{joints:>7}{r['median_ms']:10.3f}{r['p99_ms']:10.3f}{r['max_ms']:10.3f}"
+                f"{r['goal_p99_ms']:10.1f}{r['yardstick_median_ms']:12.3f}{r['yardstick_p99_ms']:10.3f}"
+            )
+    if given.seconds > 0:
+        for key in ("loop", "loop_realtime") if may_be_realtime() else ("loop",):
+            with tempfile.TemporaryDirectory() as folder:
+                loop = measure_loop("panda", given.seconds, Path(folder), key == "loop_realtime")
+            loop |= {"goal_p99_ms": JITTER_GOAL, "met": loop["jitter_p99_ms"] <= JITTER_GOAL}
+            report[key] = loop
+            print(
+                f"{key.replace('_', ', ')}: {loop['periods']} periods of {loop['nominal_ms']:.0f} ms, "
+                f"{loop['running']} of them running; jitter: median {loop['jitter_median_ms']:.3f}, p99 "
+                f"{loop['jitter_p99_ms']:.3f}, max {loop['jitter_max_ms']:.3f} ms; {loop['overruns']} overruns; "
+                f"load {loop['load_before']:.1f} (goal: p99 {JITTER_GOAL:.1f} ms on an idle machine; "
+                f"p99 of a bare loop: {loop['bare_jitter_p99_ms']:.3f})"
+            )
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(report, indent=2) + "\n")
