@@ -32,15 +32,16 @@ def load_cell(name: str, walls: bool = False) -> Robot:
     put under the arms where the description has no obstacles.
 
     Args:
-        name: of the description. walls: keep its workspaces; without, each is opened wide, so that an arm can be
-            driven into anything.
+        name: of the description. walls: keep its workspaces and the cones of its tools; without, each is opened wide,
+            so that an arm can be driven into anything.
     """
     robot = load_robot(name)
     arms = []
     for arm in robot.arms:
-        tool = ToolLimits(max(arm.tool_limits.speed, SPEED), max(arm.tool_limits.rotation, ROTATION))
-        workspace = arm.workspace if walls else OPEN
-        arms.append(replace(arm, workspace=workspace, tool_limits=tool, start=StartGuard()))
+        fast = ToolLimits(max(arm.tool_limits.speed, SPEED), max(arm.tool_limits.rotation, ROTATION))
+        if not walls:
+            arm = replace(arm, workspace=OPEN, tool=replace(arm.tool, cone=None))
+        arms.append(replace(arm, tool_limits=fast, start=StartGuard()))
     robot = replace(robot, arms=tuple(arms))
     fixed = fixed_links(robot)
     top = min(float(part.T_base_part[2, 3]) for part in robot.parts)

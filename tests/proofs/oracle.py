@@ -268,7 +268,7 @@ class Oracle:
         """Distance of a pair of geometries of which at least one is no convex shape."""
         shapes, places = [], []
         for index in self._ends[k]:
-            shapes.append(self._exact.get(int(index), self._convex.geometryObjects[index].geometry))
+            shapes.append(self._exact.get(int(index), self._convex.geometryObjects[int(index)].geometry))
             place = self._geometry_data.oMg[int(index)]
             places.append(coal.Transform3s(place.rotation, place.translation))
         result = coal.DistanceResult()
