@@ -428,7 +428,7 @@ def test_the_loop_keeps_its_period_and_says_how_well(guard):
     count = len(guard.status)
     assert guard.until(lambda: len(guard.status) > count + 150)
     periods = np.array([s.period for s in guard.status[count:]])
-    assert np.median(periods) == pytest.approx(guard.robot.rates.control**-1, rel=0.5)
+    assert np.median(periods) == pytest.approx(guard.robot.rates.control**-1, rel=0.1)
     assert guard.until(lambda: guard.counted("periods") > 150)
     values = {v.key: v.value for v in guard.diagnostics[-1].status[0].values}
     assert int(values["overruns by its own work"]) <= int(values["overruns"])
